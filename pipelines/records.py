@@ -1,0 +1,110 @@
+"""What travels between the steps: one `Pair` per input before restoring, one `ReportRow` per input after."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+import pyarrow as pa
+
+
+class Status(StrEnum):
+    """How one input ended. Everything but `restored` carries a reason that a person can act on."""
+
+    RESTORED = "restored"
+    UNREADABLE = "unreadable"  # the bytes are not an image, or are damaged
+    MISSING = "missing"  # the source or its reference is not there
+    MISMATCHED = "mismatched"  # the reference has another size or number of channels
+    REFUSED = "refused"  # an image this job will not touch: too large, several frames, a hostile key
+    CRASHED = "crashed"  # the process died or failed while it held this image
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One input of a job. `fingerprint` changes when the source changes: its etag, or size and mtime."""
+
+    key: str  # relative to the source prefix, '/' between parts
+    source: str  # URL
+    reference: str | None  # URL of the sharp or clean original
+    output: str  # URL that the restored image will have
+    size: int  # bytes
+    fingerprint: str
+
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("reference", pa.string()),
+        pa.field("output", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("fingerprint", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRow:
+    """How one input ended. Scores are None without a reference; sizes are None when nothing was decoded.
+
+    `psnr_input` and its kin score the degraded image against the reference, `psnr` the restored one, under
+    `protocol` (see `nafnet.metrics.PROTOCOLS`); dB. `seconds` is the time in the network alone.
+    """
+
+    key: str
+    status: str
+    reason: str | None
+    width: int | None
+    height: int | None
+    channels: int | None
+    bit_depth: int | None
+    protocol: str | None
+    psnr_input: float | None
+    psnr: float | None
+    ssim_2d_input: float | None
+    ssim_2d: float | None
+    ssim_3d_input: float | None
+    ssim_3d: float | None
+    seconds: float | None
+    fetch_seconds: float | None
+    finish_seconds: float | None
+    tiles: int | None
+    recipe: str
+    source: str
+    reference: str | None
+    output: str | None
+    size: int
+    fingerprint: str
+    worker: str | None  # host and process id
+    finished_at: datetime
+
+
+REPORT_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("channels", pa.int32()),
+        pa.field("bit_depth", pa.int32()),
+        pa.field("protocol", pa.string()),
+        pa.field("psnr_input", pa.float64()),
+        pa.field("psnr", pa.float64()),
+        pa.field("ssim_2d_input", pa.float64()),
+        pa.field("ssim_2d", pa.float64()),
+        pa.field("ssim_3d_input", pa.float64()),
+        pa.field("ssim_3d", pa.float64()),
+        pa.field("seconds", pa.float64()),
+        pa.field("fetch_seconds", pa.float64()),
+        pa.field("finish_seconds", pa.float64()),
+        pa.field("tiles", pa.int32()),
+        pa.field("recipe", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("reference", pa.string()),
+        pa.field("output", pa.string()),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("fingerprint", pa.string(), nullable=False),
+        pa.field("worker", pa.string()),
+        pa.field("finished_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)

@@ -1,0 +1,251 @@
+"""What a run came to, in numbers: report parts -> one row per key -> summary, count line, Markdown.
+
+`report_html` draws the page from the same rows and the same tables, so the two never disagree.
+"""
+
+import html
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.records import REPORT_SCHEMA, Status
+from pipelines.storage import Store
+
+Floats = npt.NDArray[np.float64]
+Summary = dict[str, Any]  # JSON-ready: see `summarize`
+
+UNKNOWN = "\N{EN DASH}"
+_SCORES = ("psnr_input", "psnr", "ssim_2d_input", "ssim_2d", "ssim_3d_input", "ssim_3d")
+
+
+class ReportError(Exception):
+    """A file below `report/` that is not a whole report part."""
+
+
+def read_rows(output: Store, *, recipe: str | None = None) -> pa.Table:
+    """One row per key, sorted by key, in `REPORT_SCHEMA`; of a repeated key the latest finished counts.
+
+    With `recipe` (a hash), only rows of that recipe are looked at. No parts give an empty table.
+
+    Raises:
+        ReportError: a part is truncated, or is not a report part. Names the file.
+    """
+    parts = [REPORT_SCHEMA.empty_table()]
+    if output.exists("report"):
+        store = Store(output.url("report"))
+        keys = [entry.key for entry in store.list() if entry.key.endswith(".parquet")]
+        parts += [_read_part(store, key, recipe) for key in keys]
+    table = pa.concat_tables(parts)
+    order = pc.sort_indices(table, sort_keys=[("key", "ascending"), ("finished_at", "descending")])
+    sorted_keys = table["key"].take(order).to_numpy(zero_copy_only=False)
+    latest = np.append(True, sorted_keys[1:] != sorted_keys[:-1])[: len(table)]
+    return table.take(order.filter(pa.array(latest)))
+
+
+def _read_part(store: Store, key: str, recipe: str | None) -> pa.Table:
+    data = store.read(key)
+    try:
+        part = pq.read_table(pa.BufferReader(data))
+        part = part.select(REPORT_SCHEMA.names).cast(REPORT_SCHEMA)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise ReportError(
+            f"{store.url(key)} is not a whole report part ({error}): move it out of the folder, "
+            "then run the job again to redo its images"
+        ) from error
+    return part if recipe is None else part.filter(pc.equal(part["recipe"], recipe))
+
+
+def restored_only(rows: pa.Table) -> pa.Table:
+    """The rows whose image was restored."""
+    return rows.filter(pc.equal(rows["status"], Status.RESTORED.value))
+
+
+def column(rows: pa.Table, name: str) -> Floats:
+    """A numeric column as float64, NaN for null."""
+    return np.asarray(rows[name].cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+
+
+def megapixels(rows: pa.Table) -> Floats:
+    """Megapixels of every row, NaN where nothing was decoded."""
+    return column(rows, "width") * column(rows, "height") / 1e6
+
+
+def gains(rows: pa.Table) -> Floats:
+    """PSNR gain of every row in dB; NaN where it has no score or one of its two PSNRs is infinite."""
+    before, after = column(rows, "psnr_input"), column(rows, "psnr")
+    gain = np.full(len(before), np.nan)
+    np.subtract(after, before, out=gain, where=np.isfinite(before) & np.isfinite(after))
+    return gain
+
+
+def extremes(values: Floats) -> tuple[int, int, int] | None:
+    """Positions of the least, the (lower) median and the greatest value; None when all are NaN."""
+    order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]
+    return (int(order[0]), int(order[(len(order) - 1) // 2]), int(order[-1])) if len(order) else None
+
+
+def summarize(
+    rows: pa.Table, *, wall_seconds: float | None = None, wall_images: int | None = None
+) -> Summary:
+    """The run in numbers, ready for JSON: None stands for what is unknown, never NaN or infinity.
+
+    Every mean is over restored rows with a finite value; `gain` needs both PSNRs finite, so it can differ
+    from the difference of the two means. An infinite PSNR (the image equals its reference) is counted in
+    `identical_input` or `identical_restored`. PSNR and gain in dB, times in seconds.
+
+    Args:
+        rows: from `read_rows`.
+        wall_seconds: how long the run took.
+        wall_images: how many of the rows were made in that time (fewer than all of them after a resume).
+    """
+    done = restored_only(rows)
+    values = {name: column(done, name) for name in _SCORES}
+    gain, pixels, seconds = gains(done), megapixels(done), column(done, "seconds")
+    timed = np.isfinite(seconds) & np.isfinite(pixels)
+    network = float(seconds[timed].sum())
+    found = {item["values"]: item["counts"] for item in pc.value_counts(rows["status"]).to_pylist()}
+    counts = {status.value: found.pop(status.value, 0) for status in Status} | found
+    handled = len(rows) if wall_images is None else wall_images
+    return {
+        "images": len(rows),
+        "counts": counts,
+        "scored": int(np.count_nonzero(~np.isnan(values["psnr"]))),
+        "protocols": sorted(pc.unique(done["protocol"].drop_null()).to_pylist()),
+        **{name: _mean(scores) for name, scores in values.items()},
+        "gain": _mean(gain),
+        "gain_images": int(np.count_nonzero(~np.isnan(gain))),
+        "identical_input": int(np.isinf(values["psnr_input"]).sum()),
+        "identical_restored": int(np.isinf(values["psnr"]).sum()),
+        **_named_extremes(done, gain),
+        "megapixels": float(np.nansum(pixels)),
+        "network_seconds": network,
+        "network_seconds_mean": _mean(seconds),
+        "network_seconds_p50": _percentile(seconds, 50),
+        "network_seconds_p95": _percentile(seconds, 95),
+        "megapixels_per_network_second": float(pixels[timed].sum()) / network if network > 0 else None,
+        "wall_seconds": wall_seconds,
+        "images_per_second": handled / wall_seconds if wall_seconds else None,
+    }
+
+
+def _mean(values: Floats) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None
+
+
+def _percentile(values: Floats, percent: float) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(np.percentile(finite, percent)) if len(finite) else None
+
+
+def _named_extremes(rows: pa.Table, gain: Floats) -> dict[str, dict[str, Any] | None]:
+    names = ("worst", "median", "best")
+    found = extremes(gain)
+    if found is None:
+        return dict.fromkeys(names)
+    return {
+        name: {"key": rows["key"][at].as_py(), "gain": float(gain[at])}
+        for name, at in zip(names, found, strict=True)
+    }
+
+
+def count_line(summary: Summary) -> str:
+    """One line such as "12 images: 10 restored, 1 unreadable, 1 missing"."""
+    total = summary["images"]
+    counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items() if count)
+    return f"{total} {'image' if total == 1 else 'images'}" + (f": {counts}" if counts else "")
+
+
+def write_summary(output: Store, summary: Summary) -> str:
+    """Write `summary.json` and return its URL."""
+    output.write("summary.json", json.dumps(summary, indent=2, allow_nan=False).encode() + b"\n")
+    return output.url("summary.json")
+
+
+def score_table(summary: Summary) -> list[tuple[str, str, str, str]]:
+    """(score, before, restored, change) for the scores this run has; no rows when nothing was scored."""
+    rows = [("PSNR", "psnr", "{:.2f} dB", summary["gain"])]
+    for name, label in (("ssim_2d", "SSIM, 2-D window"), ("ssim_3d", "SSIM, 3-D window")):
+        before, after = summary[f"{name}_input"], summary[name]
+        rows.append((label, name, "{:.4f}", None if None in (before, after) else after - before))
+    return [
+        (
+            label,
+            _format(form, summary[f"{name}_input"]),
+            _format(form, summary[name]),
+            _format(form.replace(":", ":+"), change),
+        )
+        for label, name, form, change in rows
+        if summary[name] is not None or summary[f"{name}_input"] is not None
+    ]
+
+
+def fact_table(summary: Summary) -> list[tuple[str, str]]:
+    """(what, value) for everything else worth reading; what is unknown is left out."""
+    facts = [
+        ("Images", f"{summary['images']:,}"),
+        ("Restored", f"{summary['counts'][Status.RESTORED.value]:,}"),
+        ("Scored against a reference", f"{summary['scored']:,}"),
+        ("Scoring protocol", ", ".join(summary["protocols"])),
+        ("Same as reference, before", f"{summary['identical_input'] or ''}"),
+        ("Same as reference, restored", f"{summary['identical_restored'] or ''}"),
+        *((f"{name.title()} gain", _pick(summary[name])) for name in ("worst", "median", "best")),
+        ("Restored pixels", f"{summary['megapixels']:,.1f} MP"),
+        ("Network time, all workers", seconds_text(summary["network_seconds"])),
+        ("Network time, mean per image", seconds_text(summary["network_seconds_mean"])),
+        ("Network time, median", seconds_text(summary["network_seconds_p50"])),
+        ("Network time, 95th percentile", seconds_text(summary["network_seconds_p95"])),
+        ("Megapixels per network second", _format("{:,.2f}", summary["megapixels_per_network_second"])),
+        ("Wall time", seconds_text(summary["wall_seconds"])),
+        ("Images per second", _format("{:,.2f}", summary["images_per_second"])),
+    ]
+    return [(what, value) for what, value in facts if value not in {"", UNKNOWN}]
+
+
+def summary_markdown(summary: Summary) -> str:
+    """The numbers of the page's summary as Markdown, with everything that came from data escaped."""
+    lines = [f"**{_markdown(count_line(summary))}**", ""]
+    scores = score_table(summary)
+    if scores:
+        lines += ["| Score, mean | Before | Restored | Change |", "|---|--:|--:|--:|"]
+        lines += [f"| {' | '.join(row)} |" for row in scores] + [""]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {what} | {_markdown(value)} |" for what, value in fact_table(summary)]
+    return "\n".join(lines) + "\n"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A duration as a person would write it: 85 ms, 4.2 s, 3 min 20 s, 2 h 5 min."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def decibels(gain: float) -> str:
+    """A gain with its sign."""
+    return _format("{:+.2f} dB", gain)
+
+
+def _format(form: str, value: float | None) -> str:
+    return UNKNOWN if value is None else form.format(value).replace("-", "\N{MINUS SIGN}")
+
+
+def _pick(pick: Mapping[str, Any] | None) -> str:
+    return UNKNOWN if pick is None else f"{decibels(pick['gain'])}, {pick['key']}"
+
+
+def _markdown(text: str) -> str:
+    """`text` as inert Markdown on one line: HTML and the characters that start markup escaped."""
+    plain = html.escape(" ".join(text.split()))
+    return "".join(f"\\{mark}" if mark in "\\`*_[]|~!" else mark for mark in plain)

@@ -1,0 +1,125 @@
+"""The one door to files and objects: list, read, and write whole or not at all, on any fsspec URL.
+
+A `Store` is a prefix. Keys are relative to it, with '/' between their parts, and cannot leave it.
+"""
+
+import posixpath
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+# One PUT either replaces the object or leaves it: no temporary name is needed (or possible) there.
+_WHOLE_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "memory"})
+
+
+class StorageError(Exception):
+    """A location that cannot be used at all: no such prefix, no permission, no such protocol."""
+
+
+class UnsafeKey(ValueError):  # noqa: N818 - it names what is wrong with the value
+    """A key that would leave its prefix, or that no file system can hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One listed file. `fingerprint` is the store's etag, or size and modification time."""
+
+    key: str
+    size: int  # bytes
+    fingerprint: str
+
+
+def check_key(key: str) -> str:
+    """Return `key`, or raise `UnsafeKey` when it is absolute, empty, or has '..', '.', NUL or empty parts."""
+    parts = key.split("/")
+    if any(part in {"", ".", ".."} for part in parts) or "\0" in key or "\\" in key:
+        raise UnsafeKey(f"key {key!r} is not a plain relative path: rename the file without '..', '//' or '\\'")
+    return key
+
+
+class Store:
+    """A prefix on a file system, made inside the process that uses it (s3fs must not be forked or pickled)."""
+
+    def __init__(self, url: str) -> None:
+        """Open the prefix `url` (a local path or any fsspec URL). Nothing is read or created yet."""
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise StorageError(f"cannot open {url}: {error}") from error
+        self.root: str = root.rstrip("/") or "/"
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def url(self, key: str = "") -> str:
+        """The full URL of `key` (a plain path when the store is local)."""
+        path = self._path(key) if key else self.root
+        return path if self.is_local else str(self.fs.unstrip_protocol(path))
+
+    def list(self) -> Iterator[Entry]:
+        """Every file below the prefix, sorted by key.
+
+        Raises:
+            StorageError: the prefix does not exist or cannot be listed.
+        """
+        try:
+            if not self.fs.exists(self.root):
+                raise StorageError(f"nothing at {self.url()}: check the path, the bucket and the credentials")
+            found: dict[str, Any] = self.fs.find(self.root, detail=True)
+        except (OSError, PermissionError) as error:
+            raise StorageError(f"cannot list {self.url()}: {error}") from error
+        for path in sorted(found):
+            info = found[path]
+            yield Entry(posixpath.relpath(path, self.root), int(info["size"]), _fingerprint(info))
+
+    def exists(self, key: str) -> bool:
+        """Whether `key` is there."""
+        return bool(self.fs.exists(self._path(key)))
+
+    def read(self, key: str) -> bytes:
+        """The whole content of `key`. Raises FileNotFoundError when it is not there."""
+        return bytes(self.fs.cat_file(self._path(key)))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write `data` to `key`. A reader sees the old content or the new, never a part."""
+        path = self._path(key)
+        if self.fs.protocol in _WHOLE_PUT or _WHOLE_PUT.intersection(self.fs.protocol):
+            self.fs.pipe_file(path, data)
+            return
+        folder, name = posixpath.split(path)
+        self.fs.makedirs(folder, exist_ok=True)
+        part = f"{folder}/.{name[:80]}.{uuid.uuid4().hex}.part"
+        try:
+            self.fs.pipe_file(part, data)
+            if self.is_local:
+                Path(part).replace(path)
+            else:
+                self.fs.mv(part, path)
+        except BaseException:
+            if self.fs.exists(part):
+                self.fs.rm_file(part)
+            raise
+
+    def delete(self, key: str) -> None:
+        """Remove `key`. Raises FileNotFoundError when it is not there."""
+        self.fs.rm_file(self._path(key))
+
+    def _path(self, key: str) -> str:
+        return posixpath.join(self.root, check_key(key))
+
+
+def open_url(url: str) -> tuple[Store, str]:
+    """Split the URL of one file into its folder's store and its name there."""
+    folder, _, name = url.rpartition("/")
+    return Store(folder or "/"), name
+
+
+def _fingerprint(info: dict[str, Any]) -> str:
+    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+    if etag:
+        return str(etag).strip('"')
+    changed = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
+    return f"{info['size']}-{changed}"
