@@ -1,12 +1,13 @@
-"""PSNR and SSIM as the deblurring and denoising papers report them, and the protocols that the numbers belong to.
+"""PSNR and SSIM as the deblurring and denoising papers report them, and the protocols they belong to.
 
-The data range is always given: the reference implementation guesses it from `max() <= 1`, and one float pixel at
-1.0001 then adds 48 dB. Two SSIMs are in use and differ in the second decimal, so both carry their dimension:
-`ssim_2d` filters each channel (BasicSR, MMagic, scikit-image), `ssim_3d` filters across channels as well (the
-authors' `_ssim_3d` in basicsr/metrics/psnr_ssim.py, the one the NAFNet and Restormer tables print).
+The data range is always given: the reference implementation guesses it from `max() <= 1`, and one float
+pixel at 1.0001 then adds 48 dB. Two SSIMs are in use and differ in the second decimal, so both carry their
+dimension: `ssim_2d` filters each channel (BasicSR, MMagic, scikit-image), `ssim_3d` filters across the
+channels as well (`_ssim_3d` in the authors' basicsr/metrics/psnr_ssim.py, the one the paper prints).
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,12 @@ _LUMA_BLACK = 16 / 255
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """What is scored. `bit_depth` None means the reference's own; `images` is the size of the published test set."""
+    """What is scored against what."""
 
     name: str
     rounds: bool  # a float prediction is rounded to integers first, as if written to a file and read back
-    images: int | None
-    bit_depth: int | None
+    images: int | None  # in the published test set; None where there is none
+    bit_depth: int | None  # of the reference; None: any, its own maximum is the data range
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -59,9 +60,9 @@ class Scores:
 def psnr(restored: Image, reference: Image, *, data_range: float, crop_border: int = 0) -> float:
     """20 log10(data_range / rmse) in dB, in float64; inf for identical images.
 
-    Both are (H, W) or (H, W, C) of any real dtype on the same scale; `data_range` is that scale's maximum (255, 65535
-    or 1), `crop_border` the pixels left out on each side. Raises ValueError for shapes that differ, a crop that leaves
-    nothing, a data range that is not positive, or values that are not finite.
+    Both are (H, W) or (H, W, C) of any real dtype on the same scale; `data_range` is that scale's maximum
+    (255, 65535 or 1), `crop_border` the pixels left out on each side. Raises ValueError for shapes that
+    differ, a crop that leaves nothing, a data range that is not positive, or values that are not finite.
     """
     restored, reference = _pair(restored, reference, data_range, crop_border)
     return _psnr(restored, reference, data_range)
@@ -93,10 +94,10 @@ def ssim_3d(restored: Image, reference: Image, *, data_range: float, crop_border
 
 
 def y_channel(image: Image) -> _Float:
-    """BT.601 luma (H, W), not rounded, on the input's own scale: 16..235 for uint8, 16/255..235/255 for floats in [0, 1].
+    """BT.601 luma (H, W), not rounded, on the input's own scale: 16..235 for uint8, /255 of that for floats.
 
-    `image` is (H, W, C), uint8, uint16 or float; alpha is ignored and grey is returned as it is, as in BasicSR's
-    `to_y_channel`. Score it with the input's data range.
+    `image` is (H, W, C), uint8, uint16 or float in [0, 1]; alpha is ignored, and grey is returned as it is,
+    as BasicSR's `to_y_channel` does. Score it with the input's data range.
     """
     colour = _without_alpha(image, "image").astype(np.float64)
     if colour.shape[2] == 1:
@@ -107,10 +108,11 @@ def y_channel(image: Image) -> _Float:
 def score(prediction: Image, reference: Image, protocol: Protocol) -> Scores:
     """All three scores of one image under `protocol`.
 
-    Both are (H, W, C) with C in 1..4, uint8, uint16 or float in [0, 1]; alpha (second of 2, fourth of 4) is ignored.
-    `gopro`, `reds`: uint8 against uint8, a float prediction clipped and rounded to uint8. `sidd`: the prediction clipped
-    to [0, 1] and not rounded, against reference / 255. `stored`: the prediction quantized as the reference is.
-    Raises ValueError when sizes differ, when a side has another depth than the protocol scores, or for NaN.
+    Both are (H, W, C) with C in 1..4, uint8, uint16 or float in [0, 1]; alpha (second of 2, fourth of 4) is
+    ignored. `gopro`, `reds`: uint8 against uint8, a float prediction clipped and rounded to uint8. `sidd`:
+    the prediction clipped to [0, 1] and not rounded, against reference / 255. `stored`: the prediction
+    quantized as the reference is. Raises ValueError when sizes differ, when a side has another depth than
+    the protocol scores, or for values that are not finite.
     """
     reference = _without_alpha(reference, "reference")
     prediction = _without_alpha(prediction, "prediction")
@@ -132,7 +134,7 @@ def score(prediction: Image, reference: Image, protocol: Protocol) -> Scores:
 
 
 def data_range_of(dtype: np.dtype[Any]) -> float:
-    """The maximum an image of `dtype` can hold: 255, 65535, or 1 for floats. ValueError for any other dtype."""
+    """The maximum an image of `dtype` holds: 255, 65535, or 1 for floats. ValueError for other dtypes."""
     if dtype in (np.uint8, np.uint16):
         return float(np.iinfo(dtype).max)
     if np.issubdtype(dtype, np.floating):
@@ -143,17 +145,15 @@ def data_range_of(dtype: np.dtype[Any]) -> float:
 def quantize(image: Image, dtype: npt.DTypeLike) -> Image:
     """What a file of `dtype` keeps of `image`: floats are clipped to [0, 1], scaled and rounded half to even.
 
-    An image that has `dtype` already comes back as it is (floats still clipped). ValueError for NaN, and for an integer
-    image of another depth: rescaling it would be a guess.
+    An integer image that has `dtype` already comes back as it is. ValueError for values that are not finite,
+    and for an integer image of another depth, which nobody asked to rescale.
     """
     dtype = np.dtype(dtype)
     data_range = data_range_of(dtype)
     if image.dtype == dtype and dtype.kind == "u":
         return image
     if image.dtype.kind != "f":
-        raise ValueError(
-            f"a {image.dtype} image cannot be scored or stored as {dtype}: give {dtype}, or float in [0, 1]"
-        )
+        raise ValueError(f"a {image.dtype} image cannot stand for {dtype}: give {dtype}, or float in [0, 1]")
     clipped = _clip(image)
     if dtype.kind == "f":
         return clipped.astype(dtype, copy=False)
@@ -163,11 +163,11 @@ def quantize(image: Image, dtype: npt.DTypeLike) -> Image:
 
 def _clip(image: Image) -> Image:
     """Clipped to [0, 1] in float32 or better (float16 cannot count to 65535), in a new array."""
-    if np.isnan(image).any():
-        raise ValueError(
-            f"the prediction has {int(np.isnan(image).sum())} NaN values of {image.size}; it cannot be scored"
-        )
-    return np.clip(image.astype(np.promote_types(image.dtype, np.float32)), 0, 1)
+    bad = image.size - np.count_nonzero(np.isfinite(image))
+    if bad:
+        raise ValueError(f"{bad} of {image.size} values are NaN or infinite; check the model's precision")
+    clipped: Image = np.clip(image.astype(np.promote_types(image.dtype, np.float32)), 0, 1)
+    return clipped
 
 
 def _as_unit(image: Image) -> Image:
@@ -195,7 +195,7 @@ def _pair(restored: Image, reference: Image, data_range: float, crop_border: int
     height, width = restored.shape[:2]
     if not 0 <= 2 * crop_border < min(height, width):
         raise ValueError(
-            f"crop_border={crop_border} leaves nothing of a {height}x{width} image, or is negative"
+            f"crop_border must be 0 or more and leave some of {height}x{width}, got {crop_border}"
         )
     inner = slice(crop_border, height - crop_border), slice(crop_border, width - crop_border)
     views = []
@@ -217,8 +217,8 @@ def _psnr(restored: Image, reference: Image, data_range: float) -> float:
 def _ssims(restored: Image, reference: Image, data_range: float) -> tuple[float | None, float]:
     """(2-D or None where it is undefined, 3-D) of two (H, W, C) images.
 
-    The 3-D window is separable: the two spatial passes, whose result away from the edges is all that the 2-D score
-    needs, then a CxC channel mix. Float64 throughout: E[x^2] - mu^2 cancels, and float32 loses 1e-3 on flat regions.
+    The 3-D window is separable: two spatial passes, whose result away from the edges is all that the 2-D
+    score needs, then a CxC channel mix. Float64 throughout, because E[x^2] - mu^2 cancels on flat regions.
     """
     height, width, channels = restored.shape
     edges = ((_RADIUS, _RADIUS), (_RADIUS, _RADIUS), (0, 0))
@@ -243,7 +243,7 @@ def _ssims(restored: Image, reference: Image, data_range: float) -> tuple[float 
 
 
 def _fields(x: Image, y: Image) -> _Float:
-    """(h, w, C) twice -> (4, C, h, w): x, y, x^2 + y^2 and xy, whose Gaussian means are all that SSIM needs."""
+    """(h, w, C) twice -> (4, C, h, w): x, y, x^2 + y^2 and xy, whose means are all that SSIM needs."""
     height, width, channels = x.shape
     fields = np.empty((4, channels, height, width))
     fields[0], fields[1] = x.transpose(2, 0, 1), y.transpose(2, 0, 1)
@@ -254,7 +254,7 @@ def _fields(x: Image, y: Image) -> _Float:
 
 
 def _ssim_map(means: _Float, data_range: float) -> _Float:
-    """(4, ...) Gaussian means of `_fields` -> (...) SSIM, with the usual C1 = (.01 L)^2 and C2 = (.03 L)^2."""
+    """(4, ...) Gaussian means of `_fields` -> (...) SSIM, with C1 = (.01 L)^2 and C2 = (.03 L)^2."""
     x, y, square_sum, product = means
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     twice_xy = 2 * x * y
@@ -272,16 +272,18 @@ def _taps() -> _Float:
     return taps
 
 
+@lru_cache
 def _band(length: int) -> _Float:
-    """(length, length + 10): the 11-tap pass as a matrix on a line that has 5 px more at both ends."""
+    """(length, length + 10): the 11-tap pass as a matrix, on a line that has 5 px more at both ends."""
+    taps = _taps()
     band = np.zeros((length, length + 2 * _RADIUS))
     for row in range(length):
-        band[row, row : row + 2 * _RADIUS + 1] = _taps()
+        band[row, row : row + taps.size] = taps
     return band
 
 
 def _channel_mix(channels: int) -> _Float:
-    """(C, C): the pass across channels, where nearly all of the 11 taps fall on the replicated first and last."""
+    """(C, C): the pass across channels, most of whose 11 taps fall on the replicated first and last."""
     mix = np.zeros((channels, channels))
     for channel in range(channels):
         sources = np.clip(np.arange(channel - _RADIUS, channel + _RADIUS + 1), 0, channels - 1)

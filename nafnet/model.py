@@ -16,6 +16,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
+from torch.utils.flop_counter import FlopCounterMode
 
 Norm = Literal["layer", "none"]
 Activation = Literal["gate", "gelu", "relu"]
@@ -200,11 +201,15 @@ class Network(nn.Module):
         self.ending = nn.Conv2d(c, config.image_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Restore (N, image_channels, H, W), values about [0, 1]; same shape out, not clamped. Any H and W."""
+        """Restore (N, image_channels, H, W), values about [0, 1]; same shape out, not clamped. Any H and W.
+
+        A float32 image may enter a network of lower precision: what the network adds is then of that precision, but
+        the image it is added to keeps its own, so that flat areas stay exact.
+        """
         height, width = image.shape[-2:]
         stride = self.config.stride
         image = F.pad(image, (0, -width % stride, 0, -height % stride))
-        x = self.intro(image)
+        x = self.intro(image.to(self.intro.weight.dtype))
         skips = []
         for encoder, down in zip(self.encoders, self.downs, strict=True):
             x = encoder(x)
@@ -224,3 +229,12 @@ def _blocks(count: int, channels: int, config: NetConfig) -> nn.Sequential:
 def parameters(network: nn.Module) -> int:
     """How many numbers the network has learned."""
     return sum(p.numel() for p in network.parameters())
+
+
+def multiply_adds(config: NetConfig, height: int, width: int) -> int:
+    """Multiply-adds of all convolutions for one image of height x width px (the paper's MACs)."""
+    with torch.device("meta"):
+        network, image = Network(config), torch.empty(1, config.image_channels, height, width)
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    return int(counter.get_total_flops()) // 2

@@ -52,30 +52,30 @@ class ReportRow:
 
     key: str
     status: str
-    reason: str | None
-    width: int | None
-    height: int | None
-    channels: int | None
-    bit_depth: int | None
-    protocol: str | None
-    psnr_input: float | None
-    psnr: float | None
-    ssim_2d_input: float | None
-    ssim_2d: float | None
-    ssim_3d_input: float | None
-    ssim_3d: float | None
-    seconds: float | None
-    fetch_seconds: float | None
-    finish_seconds: float | None
-    tiles: int | None
     recipe: str
     source: str
-    reference: str | None
-    output: str | None
     size: int
     fingerprint: str
-    worker: str | None  # host and process id
     finished_at: datetime
+    reason: str | None = None
+    width: int | None = None
+    height: int | None = None
+    channels: int | None = None
+    bit_depth: int | None = None
+    protocol: str | None = None
+    psnr_input: float | None = None
+    psnr: float | None = None
+    ssim_2d_input: float | None = None
+    ssim_2d: float | None = None
+    ssim_3d_input: float | None = None
+    ssim_3d: float | None = None
+    seconds: float | None = None
+    fetch_seconds: float | None = None
+    finish_seconds: float | None = None
+    tiles: int | None = None
+    reference: str | None = None
+    output: str | None = None
+    worker: str | None = None  # host and process id
 
 
 REPORT_SCHEMA = pa.schema(

@@ -171,7 +171,7 @@ def write_summary(output: Store, summary: Summary) -> str:
 def score_table(summary: Summary) -> list[tuple[str, str, str, str]]:
     """(score, before, restored, change) for the scores this run has; no rows when nothing was scored."""
     rows = [("PSNR", "psnr", "{:.2f} dB", summary["gain"])]
-    for name, label in (("ssim_2d", "SSIM, 2-D window"), ("ssim_3d", "SSIM, 3-D window")):
+    for name, label in (("ssim_2d", "SSIM 2D"), ("ssim_3d", "SSIM 3D")):
         before, after = summary[f"{name}_input"], summary[name]
         rows.append((label, name, "{:.4f}", None if None in (before, after) else after - before))
     return [

@@ -96,7 +96,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_url": _data_url, "decibels": decibels}
+    environment.filters |= {"data_url": _crop_url, "decibels": decibels}
     failed = rows.filter(pc.not_equal(rows["status"], Status.RESTORED.value))
     return environment.get_template("report.html.j2").render(
         place=place,
@@ -116,9 +116,13 @@ def render(
     )
 
 
-def _data_url(crop: Crop) -> str:
-    data = b"" if crop.pixels is None else png(crop.pixels)
+def data_url(data: bytes) -> str:
+    """A PNG as a URL that holds it whole."""
     return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def _crop_url(crop: Crop) -> str:
+    return data_url(b"" if crop.pixels is None else png(crop.pixels))
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -228,7 +232,7 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
         figure = Figure(figsize=(4, 2.9), layout="constrained")
         axes = figure.add_subplot()
         axes.set(xlabel=x_label, ylabel=y_label)
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=5)
     return figure, axes
 
 

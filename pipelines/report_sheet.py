@@ -80,7 +80,7 @@ def _load_strip(label: str, row: dict[str, Any]) -> Strip:
     for title, field in (("reference", "reference"), ("restored", "output"), ("before", "source")):
         if title == "reference" and row[field] is None:
             continue
-        pixels, note = _load(row[field], row["width"] * row["height"] / 1e6)
+        pixels, note = _load(row[field], (row["width"] or 0) * (row["height"] or 0) / 1e6)
         cut = None
         if pixels is not None:
             if size is None:
@@ -106,7 +106,7 @@ def _load(url: str | None, size: float) -> tuple[Pixels | None, str]:
         return None, "not shown: the report names no file"
     try:
         store, name = open_url(url)
-        return decode(store.read(name)).pixels, ""
+        return decode(store.read(name), max_pixels=MAX_MEGAPIXELS * 1_000_000).pixels, ""
     except FileNotFoundError:
         return None, "not shown: the file is gone"
     except (OSError, ValueError, StorageError) as error:
@@ -180,11 +180,12 @@ def sheet_png(strips: Sequence[Strip]) -> bytes:
         _write(draw, (_GAP, top + 20), strip.caption, _FAINT, sheet.width - 2 * _GAP)
         for column, crop in enumerate(strip.crops):
             x, y = _GAP + column * (CROP + _GAP), top + _HEAD
+            draw.rectangle((x, y, x + CROP - 1, y + CROP - 1), _EMPTY)
             if crop.pixels is None:
-                draw.rectangle((x, y, x + CROP - 1, y + CROP - 1), _EMPTY)
                 _write(draw, (x + 12, y + CROP // 2 - 8), crop.note, _FAINT, CROP - 24)
             else:
-                sheet.paste(Image.fromarray(crop.pixels), (x, y))
+                high, wide = strip.size
+                sheet.paste(Image.fromarray(crop.pixels), (x + (CROP - wide) // 2, y + (CROP - high) // 2))
             text = f"{crop.title}  {crop.caption}"
             _write(draw, (x, y + CROP + 5), text, _FAINT, CROP)
     return png(np.asarray(sheet))
@@ -198,7 +199,8 @@ def _font() -> ImageFont.FreeTypeFont:
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, ink: str, room: int) -> None:
     """One line of `text`, shortened in its middle to `room` pixels."""
     font = _font()
-    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)[:1000]
+    words = " ".join(text.split())[:1000]
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in words)
     keep = len(text)
     short = text
     while font.getlength(short) > room and keep > 2:

@@ -59,6 +59,13 @@ class Store:
         path = self._path(key) if key else self.root
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
+    def key(self, url: str) -> str:
+        """The inverse of `url`. Raises UnsafeKey for a URL outside the prefix."""
+        root = self.url().rstrip("/") + "/"
+        if not url.startswith(root):
+            raise UnsafeKey(f"{url} does not lie in {self.url()}")
+        return url.removeprefix(root)
+
     def list(self) -> Iterator[Entry]:
         """Every file below the prefix, sorted by key.
 

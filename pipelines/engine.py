@@ -1,0 +1,217 @@
+"""Manifest in, finished rows out: the stages of `pipelines.stages` on Ray Data. The only module that knows Ray.
+
+The driver hands out small blocks of keys and receives rows without pixels. Pixels cross Ray's object store twice:
+from fetching to the actors that hold the network, and from there to scoring and writing.
+"""
+
+# ruff: noqa: E402 - Ray reads its environment when it is imported
+import os
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster's token would be written into HOME
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side writes to stderr past any logger
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset it warns at each start
+
+import logging
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from pipelines.records import REPORT_SCHEMA, Status
+from pipelines.stages import RestoreActor, Work, fetch, finish
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 8 * 2**20  # of encoded images: enough work to hide a block's overhead of 20 to 30 ms
+_BLOCK_ROWS = 32
+_SCARCE = 0.5  # CPUs that reading and writing reserve, so that they are never fused into the actors
+_NO_PROGRESS_SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The processes that hold the network. `cpus` and `gpus` are what each reserves."""
+
+    actors: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What the connected Ray offers."""
+
+    cpus: int
+    gpus: float
+    nodes: int
+    version: str
+
+    def pool(self, actors: int | None, gpus_per_actor: float) -> tuple[Pool, int]:
+        """The pool for these wishes, and how many threads each actor's network gets.
+
+        Raises:
+            ValueError: more is wished for than the cluster has, which would wait for ever.
+        """
+        if gpus_per_actor > 0:
+            fits = int(self.gpus / gpus_per_actor)
+            if fits < (actors or 1):
+                raise ValueError(
+                    f"{actors or 1} actors of {gpus_per_actor:g} GPUs asked for, the cluster has {self.gpus:g} GPUs: "
+                    "lower --actors or --gpus-per-actor (0 restores on CPUs)"
+                )
+            return Pool(actors or fits, cpus=1, gpus=gpus_per_actor), 1
+        count = actors or max(1, self.cpus // 4)  # four threads each: more gain little on one image
+        if count > max(1, self.cpus - 1):
+            raise ValueError(f"{count} actors asked for, the cluster has {self.cpus} CPUs: at most {self.cpus - 1}")
+        # One CPU stays free for reading and writing; threads may use it when those wait.
+        return Pool(count, cpus=max(1, (self.cpus - 1) // count), gpus=0), max(1, self.cpus // count)
+
+
+@contextmanager
+def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
+    """Start Ray for this run (`address` "local") or join a cluster, and leave or stop it at the end."""
+    level = logging.INFO if verbose else logging.ERROR
+    logging.getLogger("ray.data").setLevel(level)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_terminate = signal.getsignal(signal.SIGTERM) if in_main_thread else None
+    local = {"include_dashboard": False} if address == "local" else {}
+    with _stderr_shut(not verbose):
+        ray.init(address=address, logging_level=level, log_to_driver=verbose, **local)
+    if in_main_thread:  # Ray's own handler aborts the process, where Prefect's cancels the run
+        signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        resources = ray.cluster_resources()
+        yield Cluster(
+            cpus=int(resources.get("CPU", 1)),
+            gpus=float(resources.get("GPU", 0)),
+            nodes=len(ray.nodes()),
+            version=ray.__version__,
+        )
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _stderr_shut(shut: bool) -> Iterator[None]:
+    """Ray's C++ side announces its log level on the process's stderr while it starts; its errors are exceptions."""
+    if not shut:
+        yield
+        return
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def run(pairs: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Table], None]) -> None:
+    """Restore every pair (`MANIFEST_SCHEMA`) and hand each its row (`REPORT_SCHEMA`) to `on_rows`, as they come.
+
+    Exactly one row comes back for every pair. Rows that a first pass lost, because a process died or a stage failed
+    on something other than a bad image, are tried again one by one; what kills its process again ends as `crashed`.
+    """
+    remaining = _pass(pairs, work, pool, _blocks(pairs), on_rows)
+    if not len(remaining):
+        return
+    logger.warning("%d images were lost with their process or to an error; trying each alone", len(remaining))
+    contained = replace(work, contained=True)
+    singles = [remaining.slice(i, 1) for i in range(len(remaining))]
+    remaining = _pass(remaining, contained, pool, singles, on_rows)
+    if len(remaining):
+        on_rows(_crashed(remaining, work))
+
+
+def _pass(
+    pairs: pa.Table, work: Work, pool: Pool, blocks: list[pa.Table], on_rows: Callable[[pa.Table], None]
+) -> pa.Table:
+    """One run over `blocks`; returns the pairs for which no row came back."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = -1  # a lost block is not a lost run: its keys come back in the second pass
+    context.wait_for_min_actors_s = _NO_PROGRESS_SECONDS
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
+    with warnings.catch_warnings():
+        # max_restarts and max_task_retries go away in Ray 2.64, which is why it is pinned below: nothing replaces them.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        stages = _stages(blocks, work, pool)
+    seen: set[str] = set()
+    for rows in stages.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        fresh = rows.cast(REPORT_SCHEMA).filter(pa.array([key not in seen for key in rows["key"].to_pylist()]))
+        seen.update(fresh["key"].to_pylist())
+        on_rows(fresh)
+    return pairs.filter(pa.array([key not in seen for key in pairs["key"].to_pylist()], pa.bool_()))
+
+
+def _stages(blocks: list[pa.Table], work: Work, pool: Pool) -> Dataset:
+    return (
+        ray.data.from_arrow(blocks)
+        .map_batches(
+            partial(fetch, work=work),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=_SCARCE,
+        )
+        .map_batches(
+            RestoreActor,
+            fn_constructor_args=(work,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=pool.actors),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            max_restarts=-1,
+            max_task_retries=2,
+        )
+        .map_batches(
+            partial(finish, work=work),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=_SCARCE,
+        )
+    )
+
+
+def _blocks(pairs: pa.Table) -> list[pa.Table]:
+    """Neighbouring pairs cut into blocks of about equal bytes: few large images, or many small ones."""
+    blocks, start, size = list[pa.Table](), 0, 0
+    for i, file_size in enumerate(pairs["size"].to_pylist()):
+        if i > start and (size + file_size > _BLOCK_BYTES or i - start == _BLOCK_ROWS):
+            blocks.append(pairs.slice(start, i - start))
+            start, size = i, 0
+        size += file_size
+    if start < len(pairs):
+        blocks.append(pairs.slice(start))
+    return blocks
+
+
+def _crashed(pairs: pa.Table, work: Work) -> pa.Table:
+    reason = (
+        "the process died each time it held this image: out of memory, or a fault in native code; "
+        "restore it alone with -v to see, or leave it out with --exclude"
+    )
+    rows = [
+        {
+            **{name: row[name] for name in ("key", "source", "reference", "size", "fingerprint")},
+            "status": Status.CRASHED,
+            "reason": reason,
+            "recipe": work.recipe.hash,
+            "finished_at": datetime.now(UTC),
+        }
+        for row in pairs.to_pylist()
+    ]
+    return pa.Table.from_pylist(rows, schema=REPORT_SCHEMA)

@@ -1,0 +1,71 @@
+"""What a job would cost, measured on a sample of it, without writing anything."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from nafnet.images import RefusedImage, UnreadableImage, decode
+from nafnet.model import NetConfig
+from nafnet.restore import Restorer
+from pipelines.manifest import Plan
+from pipelines.storage import Store
+
+_SAMPLE = 16  # images opened to learn their sizes
+_PROBE_PX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """`megapixels` is extrapolated from the sampled images; times are for one actor on this machine."""
+
+    sampled: int
+    megapixels: float
+    largest: tuple[int, int]  # height, width in px
+    tiles: int  # of the largest
+    memory_bytes: int  # of one actor restoring the largest
+    seconds: float
+
+
+def estimate(plan: Plan, source: Store, restorer: Restorer, *, max_pixels: int) -> Estimate:
+    """Open a few images spread over the plan, time the network on a small one, and extrapolate."""
+    keys = plan.pairs["key"].to_pylist()
+    sizes = []
+    for key in keys[:: max(1, -(-len(keys) // _SAMPLE))]:
+        try:
+            picture = decode(source.read(key), max_pixels=max_pixels)
+        except (UnreadableImage, RefusedImage, FileNotFoundError):
+            continue  # it will have its row; it costs next to nothing
+        sizes.append((picture.height, picture.width))
+    if not sizes:
+        return Estimate(0, 0.0, (0, 0), 0, 0, 0.0)
+    megapixels = sum(h * w for h, w in sizes) / 1e6 * len(keys) / len(sizes)
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    tile = restorer.recipe.tile
+    piece = min(height, tile or height) * min(width, tile or width)
+    probe = np.zeros((_PROBE_PX, _PROBE_PX, 3), np.uint8)
+    restorer(probe)  # the first call allocates
+    started = time.perf_counter()
+    restorer(probe)
+    per_pixel = (time.perf_counter() - started) / _PROBE_PX**2
+    return Estimate(
+        sampled=len(sizes),
+        megapixels=megapixels,
+        largest=(height, width),
+        tiles=restorer.tiles(height, width),
+        memory_bytes=memory_bytes(restorer.network.config, piece),
+        seconds=per_pixel * megapixels * 1e6,
+    )
+
+
+def memory_bytes(config: NetConfig, pixels: int, *, bytes_per_number: int = 4) -> int:
+    """Peak memory of a process that restores `pixels` at once: library, weights, and the widest moment of a block.
+
+    At full resolution a block holds, at worst, its input, the first 1x1 convolution's output, the depthwise one's,
+    and the gate's or attention's: 1 + 2 dw_expand + 1 times `width` numbers a pixel, beside the skip connection.
+    """
+    live = 2 + 2 * config.dw_expand + 1
+    network = 4 * config.width**2 * sum((*config.enc_blocks, config.middle_blocks, *config.dec_blocks))
+    return 500 * 2**20 + network * bytes_per_number + live * config.width * pixels * bytes_per_number
+
+

@@ -1,0 +1,227 @@
+"""The jobs as Prefect flows: Prefect schedules, watches, cancels and shows runs; Ray schedules the images."""
+
+import json
+import logging
+import os
+import platform
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Literal
+
+import pyarrow as pa
+from prefect import flow, task
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from nafnet import catalog
+from nafnet.checkpoint import CheckpointError
+from nafnet.restore import Recipe, Restorer
+from pipelines import engine, manifest, report, report_html, report_sheet
+from pipelines.manifest import Plan
+from pipelines.parts import PartWriter
+from pipelines.progress import Progress
+from pipelines.records import Status
+from pipelines.settings import IMAGE_GLOBS, RestoreJob
+from pipelines.stages import Work
+from pipelines.storage import Store
+from pipelines.weights import locate
+
+logger = logging.getLogger(__name__)
+
+_ARTIFACT_SECONDS = 2.0
+
+INCOMPLETE = "Incomplete"  # the name of a run's failed state when it did its work but not every image was restored
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job whose checkpoint was found and read: all that is settled before anything is listed."""
+
+    job: RestoreJob
+    weights: str
+    recipe: Recipe
+    protocol: str
+
+
+def prepare(job: RestoreJob) -> Prepared:
+    """Find and check the weights and settle the recipe and the scoring protocol.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint or a parameter cannot be used.
+    """
+    path = locate(job.checkpoint)
+    named = catalog.CATALOG.get(job.checkpoint)
+    tlc = named.tlc if named and job.tlc is None else job.tlc
+    restorer = Restorer.load(
+        path,
+        tlc=tlc,
+        train_size=job.train_size,
+        precision=job.precision,
+        tile=job.tile,
+        halo=job.halo,
+    )
+    if named and named.sha256 and named.sha256 != restorer.recipe.weights:
+        raise CheckpointError(f"{path} is not the published {named.name}: its SHA-256 is {restorer.recipe.weights}")
+    entry = named or catalog.find_hash(restorer.recipe.weights)
+    protocol = job.protocol or (entry.protocol if entry else "stored")
+    return Prepared(job, str(path), restorer.recipe, protocol)
+
+
+@flow(name="restore", log_prints=False)
+def restore(
+    source: str,
+    output: str,
+    reference: str | None = None,
+    checkpoint: str = "demo",
+    tlc: bool | None = None,
+    train_size: int | None = None,
+    protocol: Literal["gopro", "sidd", "reds", "stored"] | None = None,
+    precision: Literal["float32", "bf16", "float16"] = "float32",
+    tile: int | None = None,
+    halo: int = 192,
+    actors: int | None = None,
+    gpus_per_actor: float = 0,
+    ray_address: str = "local",
+    include: tuple[str, ...] = IMAGE_GLOBS,
+    exclude: tuple[str, ...] = (),
+    limit: int | None = None,
+    max_failed: int = 0,
+    retry_failed: bool = False,
+    max_megapixels: float = 250,
+) -> State[Any]:
+    """Restore a collection of images, score it where references exist, and write a report.
+
+    Every image ends as one row of the report. The run ends red when more than `max_failed` of them were not restored,
+    after all others were. Parameters are those of `pipelines.settings.RestoreJob`, flat, so that a deployment's values
+    can be overridden one by one.
+    """
+    job = RestoreJob.model_validate(dict(locals()))
+    prepared = prepare(job)
+    started, clock = datetime.now(UTC), time.monotonic()
+    plan = plan_images(prepared)
+    cluster = restore_images(prepared, plan)
+    run = _describe_run(prepared, plan, cluster, started)
+    summary = report_images(prepared, plan, run, time.monotonic() - clock)
+    failed = summary["images"] - summary["counts"][Status.RESTORED]
+    if failed > job.max_failed:
+        tolerated = f" (tolerated: {job.max_failed} not restored)"
+        return Failed(name=INCOMPLETE, message=report.count_line(summary) + tolerated)
+    return Completed(message=report.count_line(summary))
+
+
+@task(name="plan", cache_policy=NO_CACHE)
+def plan_images(prepared: Prepared) -> Plan:
+    """List, pair, drop what is finished; write the manifest and the rows of inputs that are decided already."""
+    job = prepared.job
+    plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
+    output = Store(job.output)
+    manifest.write_parts(plan, output)
+    if len(plan.decided):
+        PartWriter(output).write(plan.decided)
+    logger.info(
+        "%d images match: %d to restore, %d finished in an earlier run, %d that cannot be",
+        plan.matched,
+        len(plan.pairs),
+        plan.finished,
+        len(plan.decided),
+    )
+    return plan
+
+
+@task(name="restore", cache_policy=NO_CACHE)
+def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
+    """Restore what the plan holds and write report parts as rows come in. Says what cluster did it."""
+    if not len(plan.pairs):
+        logger.info("nothing to do: every image is finished under recipe %s", plan.recipe)
+        return {}
+    job = prepared.job
+    verbose = logger.isEnabledFor(logging.DEBUG)
+    with engine.connect(job.ray_address, verbose=verbose) as cluster:
+        pool, threads = cluster.pool(job.actors, job.gpus_per_actor)
+        work = Work(
+            source=job.source,
+            reference=job.reference,
+            output=job.output,
+            weights=prepared.weights,
+            recipe=prepared.recipe,
+            protocol=prepared.protocol,
+            device="cuda" if job.gpus_per_actor else "cpu",
+            threads=threads,
+            max_pixels=int(job.max_megapixels * 1e6),
+        )
+        with PartWriter(Store(job.output)) as parts, Progress(len(plan.pairs)) as progress:
+            watch = _Watch(progress)
+
+            def on_rows(rows: pa.Table) -> None:
+                parts.add(rows)
+                progress.add(Counter(rows["status"].to_pylist()))
+                watch.update()
+
+            engine.run(plan.pairs, work, pool, on_rows)
+        return {**asdict(cluster), "pool": asdict(pool), "threads": threads}
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def report_images(prepared: Prepared, plan: Plan, run: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Summarise every row of this recipe; write summary.json, run.json and report.html; show them in Prefect."""
+    output = Store(prepared.job.output)
+    rows = report.read_rows(output, recipe=plan.recipe)
+    made = len(plan.pairs) + len(plan.decided)
+    summary = report.summarize(rows, wall_seconds=seconds, wall_images=made)
+    output.write("run.json", json.dumps(run, indent=2).encode())
+    report.write_summary(output, summary)
+    strips = report_sheet.load_strips(rows)
+    page = report_html.write_report(output, rows, summary, run, strips=strips)
+    create_markdown_artifact(report.summary_markdown(summary), key="summary", description="What the run came to")
+    counts = [{"status": status, "images": count} for status, count in summary["counts"].items()]
+    create_table_artifact(counts, key="counts", description="Images by status")
+    if strips:
+        sheet = report_html.data_url(report_sheet.sheet_png(strips))
+        create_image_artifact(sheet, key="sheet", description="Before, restored and reference")
+    create_link_artifact(page if "://" in page else f"file://{page}", key="report", link_text="report.html")
+    return summary
+
+
+class _Watch:
+    """Keeps the run's progress artifact up to date, a few times a minute."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._artifact = create_progress_artifact(0.0, key="progress", description="Images that have their row")
+        self._updated = time.monotonic()
+
+    def update(self) -> None:
+        done, total = self._progress.done, self._progress.total
+        if done == total or time.monotonic() - self._updated > _ARTIFACT_SECONDS:
+            update_progress_artifact(self._artifact, progress=100 * done / total)
+            self._updated = time.monotonic()
+
+
+def _describe_run(
+    prepared: Prepared, plan: Plan, cluster: dict[str, Any], started: datetime
+) -> dict[str, Any]:
+    """What run.json holds: enough to make the run again and to compare it with another."""
+    packages = ("nafnet-pipelines", "torch", "ray", "prefect", "pyarrow", "numpy", "pillow", "imagecodecs")
+    return {
+        "recipe": {"hash": plan.recipe, **asdict(prepared.recipe)},
+        "weights": {"checkpoint": prepared.job.checkpoint, "sha256": prepared.recipe.weights},
+        "protocol": prepared.protocol,
+        "job": prepared.job.model_dump(mode="json"),
+        "plan": {"matched": plan.matched, "restored_now": len(plan.pairs), "finished_before": plan.finished},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
+        "ray": cluster,
+        "started_at": started.isoformat(timespec="seconds"),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,138 @@
+"""What there is to do: list the source once, pair it, drop what an earlier run finished, write manifest parts."""
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+
+import pyarrow as pa
+
+from pipelines.datasets import same_key
+from pipelines.parts import write_parquet
+from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Pair, ReportRow, Status
+from pipelines.report import read_rows
+from pipelines.settings import RestoreJob
+from pipelines.storage import Entry, Store, StorageError, UnsafeKey, check_key
+
+_PART_ROWS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        pairs: what is to be restored, in `MANIFEST_SCHEMA`, sorted by key.
+        decided: rows of the inputs whose end is known without opening them (`REPORT_SCHEMA`).
+        matched: inputs that the job's globs selected; `finished` of them need nothing more.
+        recipe: hash of the recipe that the pairs are to be restored under.
+    """
+
+    pairs: pa.Table
+    decided: pa.Table
+    matched: int
+    finished: int
+    recipe: str
+
+
+def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
+    """Decide what is to be done for `job` under the recipe of this hash, scored under `protocol`.
+
+    An input is finished when the report has its row for the same content (source and reference), recipe and
+    protocol; with `job.retry_failed` only if that row says `restored`.
+
+    Raises:
+        StorageError: a location cannot be listed, or nothing in the source matches.
+    """
+    source, output = Store(job.source), Store(job.output)
+    entries = list(_select(source.list(), job))
+    if not entries:
+        raise StorageError(
+            f"no file below {source.url()} matches {', '.join(job.include)}"
+            + (f" without {', '.join(job.exclude)}" if job.exclude else "")
+            + ": check the folder and --include"
+        )
+    reference = Store(job.reference) if job.reference else None
+    find = same_key(reference.list()) if reference else None
+    finished = _finished(output, recipe, protocol, restored_only=job.retry_failed)
+    pairs, decided, skipped = list[Pair](), list[ReportRow](), 0
+    for entry in entries:
+        partner = find(entry.key) if find else None
+        fingerprint = f"{entry.fingerprint}|{partner.fingerprint}" if partner else entry.fingerprint
+        if (entry.key, fingerprint) in finished:
+            skipped += 1
+            continue
+        try:
+            check_key(entry.key)
+            pair = Pair(
+                key=entry.key,
+                source=source.url(entry.key),
+                reference=reference.url(partner.key) if reference and partner else None,
+                output=output.url(f"images/{entry.key}"),
+                size=entry.size,
+                fingerprint=fingerprint,
+            )
+        except UnsafeKey as error:
+            decided.append(_decide(entry, fingerprint, recipe, Status.REFUSED, str(error), job.source))
+            continue
+        if reference and not partner:
+            reason = f"no reference: looked for {entry.key} (or its name with another extension) in {reference.url()}"
+            decided.append(_decide(entry, fingerprint, recipe, Status.MISSING, reason, pair.source))
+            continue
+        pairs.append(pair)
+    return Plan(
+        pairs=pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=MANIFEST_SCHEMA),
+        decided=pa.Table.from_pylist([asdict(row) for row in decided], schema=REPORT_SCHEMA),
+        matched=len(entries),
+        finished=skipped,
+        recipe=recipe,
+    )
+
+
+def write_parts(plan: Plan, output: Store) -> None:
+    """Write the plan's pairs below `manifest/`, so that a person can see what a run set out to do."""
+    run = uuid.uuid4().hex[:12]
+    for i, start in enumerate(range(0, len(plan.pairs), _PART_ROWS)):
+        write_parquet(output, f"manifest/{run}-{i:05d}.parquet", plan.pairs.slice(start, _PART_ROWS))
+
+
+def _select(entries: Iterator[Entry], job: RestoreJob) -> Iterator[Entry]:
+    """Globs match the whole key or its last part, without regard to upper and lower case."""
+    chosen = 0
+    for entry in entries:
+        if chosen == job.limit:
+            return
+        if _matches(entry.key, job.include) and not _matches(entry.key, job.exclude):
+            chosen += 1
+            yield entry
+
+
+def _matches(key: str, globs: Sequence[str]) -> bool:
+    lower = key.lower()
+    name = lower.rpartition("/")[2]
+    return any(fnmatchcase(lower, glob.lower()) or fnmatchcase(name, glob.lower()) for glob in globs)
+
+
+def _finished(output: Store, recipe: str, protocol: str, *, restored_only: bool) -> set[tuple[str, str]]:
+    rows = read_rows(output, recipe=recipe).select(["key", "fingerprint", "status", "protocol"])
+    return {
+        (key, fingerprint)
+        for key, fingerprint, status, scored_by in zip(*(c.to_pylist() for c in rows.columns), strict=True)
+        if (status == Status.RESTORED or not restored_only) and scored_by in (None, protocol)
+    }
+
+
+def _decide(
+    entry: Entry, fingerprint: str, recipe: str, status: Status, reason: str, source: str
+) -> ReportRow:
+    return ReportRow(
+        key=entry.key,
+        status=status,
+        reason=reason,
+        recipe=recipe,
+        source=source,
+        size=entry.size,
+        fingerprint=fingerprint,
+        finished_at=datetime.now(UTC),
+    )

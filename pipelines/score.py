@@ -1,0 +1,48 @@
+"""Scoring what is already there: one folder against another."""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+from nafnet.images import RefusedImage, UnreadableImage, decode
+from nafnet.metrics import PROTOCOLS, Scores, score
+from pipelines.datasets import same_key
+from pipelines.storage import Store, StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One image: its scores, or why it has none."""
+
+    key: str
+    scores: Scores | None
+    reason: str | None = None
+
+
+def score_folders(restored: str, reference: str, protocol: str) -> Iterator[Scored]:
+    """Score every file below `restored` against its reference, in order of their keys, on all cores.
+
+    Raises:
+        StorageError: a folder is not there or is empty.
+    """
+    images, references = Store(restored), Store(reference)
+    find = same_key(references.list())
+    jobs = [(entry.key, partner.key if (partner := find(entry.key)) else None) for entry in images.list()]
+    if not jobs:
+        raise StorageError(f"nothing to score in {images.url()}")
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+        yield from workers.map(partial(_score_one, restored, reference, protocol), jobs, chunksize=4)
+
+
+def _score_one(restored: str, reference: str, protocol: str, job: tuple[str, str | None]) -> Scored:
+    key, partner = job
+    if partner is None:
+        return Scored(key, None, f"no reference of that name in {reference}")
+    try:
+        image = decode(Store(restored).read(key)).pixels
+        original = decode(Store(reference).read(partner)).pixels
+        return Scored(key, score(image, original, PROTOCOLS[protocol]))
+    except (UnreadableImage, RefusedImage, ValueError) as error:
+        return Scored(key, None, str(error))

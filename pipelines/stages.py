@@ -1,0 +1,270 @@
+"""What happens to one row on its way: fetch it, restore it, finish it. Plain functions over Arrow tables.
+
+Between the stages a row carries pixels; what `finish` returns does not. A stage leaves a row alone once it has a
+status. Bad images become a status and a reason; anything else that goes wrong (credentials, a full disk, a bug) is
+raised, unless the work is contained (see `Work`).
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from nafnet.images import Picture, RefusedImage, UnreadableImage, decode, encode
+from nafnet.metrics import PROTOCOLS, Scores, quantize, score
+from nafnet.restore import Recipe, Restorer, to_float
+from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, ReportRow, Status
+from pipelines.storage import Store, UnsafeKey
+
+Row = dict[str, Any]
+
+PIXEL_SCHEMA = pa.schema(
+    [
+        *MANIFEST_SCHEMA,
+        pa.field("status", pa.string()),  # null: on its way
+        pa.field("reason", pa.string()),
+        pa.field("format", pa.string()),
+        pa.field("icc", pa.binary()),
+        pa.field("exif", pa.binary()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("channels", pa.int32()),
+        pa.field("dtype", pa.string()),
+        pa.field("pixels", pa.large_binary()),  # height x width x channels of dtype
+        pa.field("fetch_seconds", pa.float64()),
+        pa.field("restored_dtype", pa.string()),
+        pa.field("restored", pa.large_binary()),
+        pa.field("seconds", pa.float64()),
+        pa.field("tiles", pa.int32()),
+        pa.field("worker", pa.string()),
+    ]
+)
+
+_READERS = 8  # requests under way at once in one fetch task: they wait for the network far more than they compute
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What every stage knows of the job.
+
+    Attributes:
+        weights: path of the checkpoint, read on the machine that restores; its hash must be the recipe's.
+        threads: threads of the network in one actor.
+        contained: unexpected errors of one row become its status `crashed` instead of ending the block. Used to
+            find out which row of a failed block was the bad one.
+    """
+
+    source: str
+    reference: str | None
+    output: str
+    weights: str
+    recipe: Recipe
+    protocol: str
+    device: str
+    threads: int
+    max_pixels: int
+    contained: bool = False
+
+    @property
+    def caught(self) -> tuple[type[Exception], ...]:
+        """The unexpected errors that a row may end with."""
+        return (Exception,) if self.contained else ()
+
+
+def fetch(batch: pa.Table, work: Work) -> pa.Table:
+    """Read and decode each pair of a manifest table; `PIXEL_SCHEMA` out, with pixels or with a status and reason."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        rows = list(readers.map(lambda row: _fetch_one(row, work), batch.to_pylist()))
+    return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+
+
+def _fetch_one(row: Row, work: Work) -> Row:
+    started = time.perf_counter()
+    try:
+        picture = _read(work.source, row["key"], work.max_pixels)
+    except FileNotFoundError:
+        return _end(row, Status.MISSING, "listed, but gone when it was to be read: run again to list anew")
+    except UnreadableImage as error:
+        return _end(row, Status.UNREADABLE, str(error))
+    except (RefusedImage, UnsafeKey) as error:
+        return _end(row, Status.REFUSED, str(error))
+    except work.caught as error:
+        return _crashed(row, "reading it", error)
+    return {
+        **row,
+        "format": picture.format,
+        "icc": picture.icc,
+        "exif": picture.exif,
+        "height": picture.height,
+        "width": picture.width,
+        "channels": picture.channels,
+        "dtype": picture.pixels.dtype.name,
+        "pixels": picture.pixels.tobytes(),
+        "fetch_seconds": time.perf_counter() - started,
+    }
+
+
+class RestoreActor:
+    """Holds the network, built once, and restores the pixels of each row that is on its way."""
+
+    def __init__(self, work: Work) -> None:
+        """Load and check the weights. Raises CheckpointError or ValueError when they are not the recipe's."""
+        torch.set_num_threads(work.threads)
+        recipe = work.recipe
+        self.work = work
+        self.worker = f"{socket.gethostname()}:{os.getpid()}"
+        self.restorer = Restorer.load(
+            work.weights,
+            tlc=recipe.tlc,
+            train_size=recipe.train_size,
+            precision=recipe.precision,
+            tile=recipe.tile,
+            halo=recipe.halo,
+            tf32=recipe.tf32,
+            device=work.device,
+        )
+        if self.restorer.recipe != recipe:
+            raise ValueError(f"{work.weights} is another file here than where the job was planned: {recipe.weights}")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """`PIXEL_SCHEMA` in and out."""
+        rows = [self._restore_one(row) if row["status"] is None else row for row in _rows(batch)]
+        return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+
+    def _restore_one(self, row: Row) -> Row:
+        started = time.perf_counter()
+        pixels = _pixels(row, "pixels", row["dtype"])
+        if row["reference"] is not None and not PROTOCOLS[self.work.protocol].rounds:
+            pixels = to_float(pixels)  # scored before it is rounded
+        try:
+            restored = self.restorer(pixels)
+        except self.work.caught as error:
+            return _crashed(row, "restoring it", error)
+        return {
+            **row,
+            "pixels": row["pixels"] if row["reference"] is not None else None,  # needed again only to score
+            "restored": restored.tobytes(),
+            "restored_dtype": restored.dtype.name,
+            "seconds": time.perf_counter() - started,
+            "tiles": self.restorer.tiles(row["height"], row["width"]),
+            "worker": self.worker,
+        }
+
+
+def finish(batch: pa.Table, work: Work) -> pa.Table:
+    """Score, encode and write each restored row; `REPORT_SCHEMA` out. The image is written before its row is made."""
+    rows = [asdict(_finish_one(row, work)) for row in _rows(batch)]
+    return pa.Table.from_pylist(rows, schema=REPORT_SCHEMA)
+
+
+def _finish_one(row: Row, work: Work) -> ReportRow:
+    started = time.perf_counter()
+    scores: dict[str, Any] = {}
+    if row["status"] is None:
+        try:
+            scores = _score_one(row, work)
+            Store(work.output).write(f"images/{row['key']}", encode(_restored_picture(row)))
+            row["status"] = Status.RESTORED
+        except _Mismatch as error:
+            row = _end(row, error.status, str(error))
+        except work.caught as error:
+            row = _crashed(row, "scoring or writing it", error)
+    depth = np.dtype(row["dtype"]).itemsize * 8 if row["dtype"] else None
+    restored = row["status"] == Status.RESTORED
+    return ReportRow(
+        **{name: row[name] for name in ("key", "status", "source", "size", "fingerprint", "reason", "reference")},
+        **{name: row[name] for name in ("width", "height", "channels", "fetch_seconds", "worker")},
+        bit_depth=depth,
+        recipe=work.recipe.hash,
+        seconds=row["seconds"],
+        tiles=row["tiles"],
+        output=row["output"] if restored else None,
+        finish_seconds=time.perf_counter() - started if restored else None,
+        finished_at=datetime.now(UTC),
+        **scores,
+    )
+
+
+class _Mismatch(Exception):  # noqa: N818 - a row's end, not a failure of the program
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def _score_one(row: Row, work: Work) -> dict[str, Any]:
+    """The score columns of one row, none without a reference. Raises _Mismatch when they cannot be compared."""
+    if row["reference"] is None or work.reference is None:
+        return {}
+    try:
+        reference = _read(work.reference, Store(work.reference).key(row["reference"]), work.max_pixels).pixels
+    except FileNotFoundError as error:
+        raise _Mismatch(Status.MISSING, f"its reference {row['reference']} is gone") from error
+    except (UnreadableImage, RefusedImage) as error:
+        raise _Mismatch(Status.UNREADABLE, f"its reference {row['reference']}: {error}") from error
+    degraded = _pixels(row, "pixels", row["dtype"])
+    restored = _pixels(row, "restored", row["restored_dtype"])
+    if reference.shape[:2] != restored.shape[:2] or _colours(reference) != _colours(restored):
+        raise _Mismatch(
+            Status.MISMATCHED,
+            f"{_size(restored)} against a reference of {_size(reference)}: {row['reference']}",
+        )
+    protocol = PROTOCOLS[work.protocol]
+    try:
+        before, after = score(degraded, reference, protocol), score(restored, reference, protocol)
+    except ValueError as error:
+        raise _Mismatch(Status.MISMATCHED, f"cannot be scored as {protocol.name}: {error}") from error
+    return {"protocol": protocol.name, **_columns(before, "_input"), **_columns(after, "")}
+
+
+def _columns(scores: Scores, suffix: str) -> dict[str, float | None]:
+    return {f"{name}{suffix}": value for name, value in asdict(scores).items()}
+
+
+def _restored_picture(row: Row) -> Picture:
+    restored = quantize(_pixels(row, "restored", row["restored_dtype"]), row["dtype"])
+    return Picture(restored, row["format"], row["icc"], row["exif"])
+
+
+def _read(prefix: str, key: str, max_pixels: int) -> Picture:
+    return decode(Store(prefix).read(key), max_pixels=max_pixels)
+
+
+def _rows(batch: pa.Table) -> Iterable[Row]:
+    """Rows as dictionaries; pixels stay views of the table's memory."""
+    names = [name for name in batch.column_names if name not in {"pixels", "restored"}]
+    for i, row in enumerate(batch.select(names).to_pylist()):
+        for name in ("pixels", "restored"):
+            buffer = batch[name][i].as_buffer()
+            row[name] = memoryview(buffer) if buffer is not None else None
+        yield row
+
+
+def _pixels(row: Row, column: str, dtype: str) -> npt.NDArray[Any]:
+    flat = np.frombuffer(row[column], dtype)
+    return flat.reshape(row["height"], row["width"], row["channels"])
+
+
+def _colours(pixels: npt.NDArray[Any]) -> int:
+    return 1 if pixels.shape[-1] < 3 else 3
+
+
+def _size(pixels: npt.NDArray[Any]) -> str:
+    height, width, channels = pixels.shape
+    return f"{width}x{height} px with {channels} channel{'s' if channels > 1 else ''}"
+
+
+def _end(row: Row, status: Status, reason: str) -> Row:
+    return {**dict.fromkeys(PIXEL_SCHEMA.names), **row, "status": str(status), "reason": reason, "pixels": None}
+
+
+def _crashed(row: Row, doing: str, error: Exception) -> Row:
+    return _end(row, Status.CRASHED, f"an unexpected error while {doing}: {type(error).__name__}: {error}")

@@ -1,0 +1,405 @@
+import io
+import json
+import math
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.records import REPORT_SCHEMA, Status
+from pipelines.report import (
+    ReportError,
+    count_line,
+    extremes,
+    read_rows,
+    seconds_text,
+    summarize,
+    summary_markdown,
+    write_summary,
+)
+from pipelines.report_html import MAX_FAILED, MAX_POINTS, write_report
+from pipelines.report_sheet import CROP, load_strips, most_detailed, sheet_png, sheet_size
+from pipelines.storage import Store
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+RUN = {
+    "started_at": "2026-01-02T12:00:00Z",
+    "recipe": {"hash": "r1", "tile": 512},
+    "weights": {"sha256": "ab" * 32},
+    "versions": {"torch": "2.9"},
+    "machine": {"gpus": [{"name": "<b>GPU</b>"}], "note": None},
+    "job": {"include": ["*.png", "*.jpg"], "empty": {}},
+}
+
+
+def row(key: str, **fields: Any) -> dict[str, Any]:
+    base = dict.fromkeys(REPORT_SCHEMA.names) | {
+        "key": key,
+        "status": "restored",
+        "recipe": "r1",
+        "source": f"/nowhere/{key}",
+        "size": 1,
+        "fingerprint": "f",
+        "finished_at": NOON,
+    }
+    return base | fields
+
+
+def scored(key: str, before: float, after: float, **fields: Any) -> dict[str, Any]:
+    scores = {"psnr_input": before, "psnr": after, "ssim_2d_input": 0.5, "ssim_2d": 0.75, "protocol": "gopro"}
+    size = {"width": 1000, "height": 500, "channels": 3, "bit_depth": 8, "seconds": 2.0}
+    return row(key, **{**size, **scores, **fields})
+
+
+def write_part(output: Store, name: str, rows: list[dict[str, Any]]) -> None:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=REPORT_SCHEMA), file)
+    output.write(f"report/{name}.parquet", file.getvalue())
+
+
+def table(*rows: dict[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=REPORT_SCHEMA)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "out"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[dict[str, Any]]:
+    """Rows of three scored images of three sizes, with their files; gains of 1, 2 and 3 dB."""
+    rows = []
+    for index, (name, wide, high) in enumerate([("a", 600, 300), ("b", 300, 280), ("sub/c", 97, 60)]):
+        pixels = np.random.default_rng(index).integers(0, 256, (high, wide, 3)).astype(np.uint8)
+        places = {}
+        for field in ("source", "output", "reference"):
+            path = tmp_path / field / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+            places[field] = str(path)
+        rows.append(scored(f"{name}.png", 20.0, 21.0 + index, width=wide, height=high, **places))
+    return rows
+
+
+class Page(HTMLParser):
+    """The text, tags and attributes of a page."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in {"meta", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open = self.open[: len(self.open) - (tag not in {"meta", "img", "br"})]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += f" {data}"
+
+    def values(self, tag: str, name: str) -> list[str]:
+        return [value for where, what, value in self.attributes if (where, what) == (tag, name)]
+
+
+def render(output: Store, rows: pa.Table, run: dict[str, Any] | None = None) -> tuple[str, Page]:
+    url = write_report(output, rows, summarize(rows, wall_seconds=10.0), RUN if run is None else run)
+    assert url == output.url("report.html")
+    source = output.read("report.html").decode()
+    return source, Page(source)
+
+
+def test_rows_are_one_per_key_sorted_and_the_latest_finished_counts(output: Store) -> None:
+    late = NOON + timedelta(seconds=1)
+    write_part(output, "z", [row("b", status="crashed", reason="killed"), row("a")])
+    write_part(output, "a", [row("b", finished_at=late), row("c", recipe="r2", finished_at=late)])
+    write_part(output, "m", [row("c", status="missing", reason="gone")])
+    rows = read_rows(output)
+    assert rows.schema.equals(REPORT_SCHEMA)
+    assert rows.select(["key", "status"]).to_pylist() == [
+        {"key": "a", "status": "restored"},
+        {"key": "b", "status": "restored"},
+        {"key": "c", "status": "restored"},
+    ]
+    assert read_rows(output, recipe="r1")["status"].to_pylist() == ["restored", "restored", "missing"]
+    assert read_rows(output, recipe="other").num_rows == 0
+
+
+def test_no_parts_give_an_empty_table_and_a_whole_report(output: Store) -> None:
+    rows = read_rows(output)
+    assert rows.num_rows == 0
+    assert rows.schema.equals(REPORT_SCHEMA)
+    summary = summarize(rows)
+    assert count_line(summary) == "0 images"
+    assert summary["psnr"] is None
+    assert summary["worst"] is None
+    json.dumps(summary, allow_nan=False)
+    assert summary_markdown(summary).startswith("**0 images**")
+    _, page = render(output, rows, {})
+    assert "0 images restored" in page.text
+    assert load_strips(rows) == ()
+    assert Image.open(io.BytesIO(sheet_png(()))).size == sheet_size(())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "foreign", "null key"])
+def test_a_file_that_is_no_report_part_is_named(output: Store, damage: str) -> None:
+    write_part(output, "good", [row("a")])
+    file = io.BytesIO()
+    if damage == "null key":
+        schema = pa.schema([field.with_nullable(True) for field in REPORT_SCHEMA])
+        pq.write_table(pa.Table.from_pylist([row("a") | {"key": None}], schema=schema), file)
+    else:
+        pq.write_table(pa.table({"key": ["a"]}), file)
+    data = {"truncated": output.read("report/good.parquet")[:-20], "text": b"no parquet"}
+    output.write("report/bad.parquet", data.get(damage, file.getvalue()))
+    with pytest.raises(ReportError, match=r"report/bad\.parquet is not a whole report part"):
+        read_rows(output)
+
+
+def test_summary_counts_every_status_and_keeps_infinities_out_of_the_means() -> None:
+    failed = [row(f"bad/{status}", status=status.value, reason="why") for status in Status]
+    rows = table(
+        scored("a", 20.0, 30.0),
+        scored("b", 22.0, 25.0, seconds=4.0),
+        scored("c", 24.0, 23.0),
+        scored("same before", math.inf, 40.0),
+        scored("same after", 10.0, math.inf, ssim_2d_input=None),
+        scored("crashed", 1.0, 99.0, status="crashed"),
+        *[bad for bad in failed if bad["status"] != "restored"],
+        row("unscored", width=1000, height=1000, seconds=None),
+    )
+    summary = summarize(rows, wall_seconds=8.0, wall_images=4)
+    assert summary["images"] == 12
+    assert summary["counts"] == {
+        "restored": 6,
+        "unreadable": 1,
+        "missing": 1,
+        "mismatched": 1,
+        "refused": 1,
+        "crashed": 2,
+    }
+    assert (summary["scored"], summary["gain_images"]) == (5, 3)
+    assert (summary["identical_input"], summary["identical_restored"]) == (1, 1)
+    assert summary["psnr_input"] == pytest.approx((20 + 22 + 24 + 10) / 4)
+    assert summary["psnr"] == pytest.approx((30 + 25 + 23 + 40) / 4)
+    assert summary["gain"] == pytest.approx((10 + 3 - 1) / 3)
+    assert (summary["ssim_2d_input"], summary["ssim_2d"], summary["ssim_3d"]) == (0.5, 0.75, None)
+    assert summary["worst"] == {"key": "c", "gain": -1.0}
+    assert summary["median"] == {"key": "b", "gain": 3.0}
+    assert summary["best"] == {"key": "a", "gain": 10.0}
+    assert summary["protocols"] == ["gopro"]
+    assert summary["megapixels"] == pytest.approx(5 * 0.5 + 1)
+    assert summary["network_seconds"] == pytest.approx(12)
+    assert summary["network_seconds_mean"] == pytest.approx(2.4)
+    assert summary["network_seconds_p50"] == pytest.approx(2)
+    assert summary["network_seconds_p95"] == pytest.approx(3.6)
+    assert summary["megapixels_per_network_second"] == pytest.approx(2.5 / 12)
+    assert summary["images_per_second"] == pytest.approx(0.5)
+    assert count_line(summary) == (
+        "12 images: 6 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 2 crashed"
+    )
+
+
+def test_summary_json_is_what_was_summarized(output: Store) -> None:
+    summary = summarize(table(scored("a", math.inf, math.inf)))
+    assert write_summary(output, summary) == output.url("summary.json")
+    assert json.loads(output.read("summary.json")) == summary
+    assert summary["psnr"] is None
+    assert summary["gain"] is None
+    assert count_line(summary) == "1 image: 1 restored"
+
+
+def test_markdown_shows_the_numbers_and_escapes_keys() -> None:
+    text = summary_markdown(summarize(table(scored("<script>|`*x*`\n# y", 30.0, 28.5)), wall_seconds=200.0))
+    assert "| PSNR | 30.00 dB | 28.50 dB | \N{MINUS SIGN}1.50 dB |" in text
+    assert "| SSIM 2D | 0.5000 | 0.7500 | +0.2500 |" in text
+    assert "| Wall time | 3 min 20 s |" in text
+    assert "&lt;script&gt;\\|\\`\\*x\\*\\` # y |" in text
+    assert "<script>" not in text
+
+
+def test_extremes_take_the_lower_median_and_ignore_nan() -> None:
+    assert extremes(np.array([np.nan, 3.0, 1.0, 2.0, 4.0])) == (2, 3, 4)
+    assert extremes(np.array([5.0])) == (0, 0, 0)
+    assert extremes(np.array([np.nan])) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0123, "12.3 ms"), (4.25, "4.2 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (None, "\N{EN DASH}")],
+)
+def test_seconds_read_as_a_person_would_write_them(seconds: float | None, text: str) -> None:
+    assert seconds_text(seconds) == text
+
+
+def test_page_shows_headline_crops_plots_and_run(output: Store, photos: list[dict[str, Any]]) -> None:
+    bad = [row(f"bad/{status}.png", status=status.value, reason=f"reason {status}") for status in Status]
+    source, page = render(output, table(*photos, *bad[1:]))
+    assert not page.open
+    assert "20.00 → 22.00 dB mean PSNR +2.00 dB" in page.text
+    assert "8 images: 3 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 1 crashed." in page.text
+    for label, key, gain in (("worst", "a.png", 1), ("median", "b.png", 2), ("best", "sub/c.png", 3)):
+        assert f"{label} {key} +{gain}.00 dB" in page.text
+    assert "restored 23.00 dB · SSIM 0.7500" in page.text
+    assert page.tags.count("svg") == 3
+    assert len(page.values("img", "src")) == 9
+    assert page.values("img", "width") == ["256"] * 6 + ["97"] * 3
+    assert all(f"reason {status}" in page.text for status in list(Status)[1:])
+    assert "recipe.tile 512" in page.text
+    assert "machine.gpus[0].name <b>GPU</b> machine.note none" in page.text
+    assert "job.include *.png, *.jpg job.empty none" in page.text
+    assert "<b>" not in source
+
+
+def test_page_loads_nothing(output: Store, photos: list[dict[str, Any]]) -> None:
+    source, page = render(
+        output, table(*photos, row("x", status="missing", reason="see https://a.example/x"))
+    )
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    links = [
+        value
+        for _, name, value in page.attributes
+        if name.rpartition(":")[2] in {"src", "href", "srcset", "action", "poster", "data"}
+    ]
+    assert links
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    assert "@import" not in source
+    assert "url(http" not in source.replace(" ", "")
+
+
+def test_everything_from_data_is_escaped(output: Store, photos: list[dict[str, Any]]) -> None:
+    hostile = "<script>alert(1)</script>\"'>.png"
+    rows = [
+        photos[0] | {"key": hostile},
+        row("</table>" + hostile, status="missing", reason=f"no {hostile}"),
+        row("odd", status='"><script>x</script>', reason=None),
+    ]
+    source, page = render(output, table(*rows), {hostile: {"</details>": [hostile]}, "started_at": hostile})
+    assert "script" not in page.tags
+    assert "<script" not in source
+    assert f"</table>{hostile}" in page.text
+    assert f"no {hostile}" in page.text
+    assert not page.open
+
+
+def test_without_references_the_sizes_pick_the_images(output: Store, photos: list[dict[str, Any]]) -> None:
+    none = dict.fromkeys(("reference", "psnr", "psnr_input", "ssim_2d", "ssim_2d_input", "protocol"))
+    rows = table(*(photo | none for photo in photos))
+    _, page = render(output, rows)
+    assert "3 images restored 0.3 megapixels" in page.text
+    assert "No references were given" in page.text
+    for label, key in (("smallest", "sub/c.png"), ("median", "b.png"), ("largest", "a.png")):
+        assert f"{label} {key}" in page.text
+    assert len(page.values("img", "src")) == 6
+    assert page.tags.count("svg") == 1
+    assert Image.open(io.BytesIO(sheet_png(load_strips(rows)))).width == 2 * CROP + 3 * 16
+
+
+def test_images_gone_damaged_resized_or_huge_become_notes(
+    output: Store, photos: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "source/a.png").unlink()
+    (tmp_path / "output/a.png").write_bytes(b"not a picture")
+    Image.new("RGB", (50, 40)).save(tmp_path / "source/b.png")
+    rows = table(photos[0], photos[1], photos[2] | {"width": 9000, "height": 8000})
+    worst, median, best = load_strips(rows)
+    assert [crop.pixels is None for crop in worst.crops] == [True, True, False]
+    assert worst.crops[0].note == "not shown: the file is gone"
+    assert worst.crops[1].note.startswith("not shown: ")
+    assert median.crops[0].note == "not the size of the others: 50 x 40"
+    assert {crop.note for crop in best.crops} == {"not shown: 72 megapixels, more than 64"}
+    _, page = render(output, rows)
+    assert "not shown: the file is gone" in page.text
+    assert len(page.values("img", "src")) == 3
+
+
+def test_sheet_has_the_crops_in_their_own_pixels(photos: list[dict[str, Any]], tmp_path: Path) -> None:
+    pixels = np.full((400, 700, 3), 90, np.uint8)
+    pixels[80:336, 400:656] = np.random.default_rng(0).integers(0, 256, (256, 256, 3))
+    for field in ("source", "output", "reference"):
+        Image.fromarray(pixels).save(tmp_path / field / "a.png")
+    strips = load_strips(table(*(photo | {"width": 700, "height": 400} for photo in photos[:1]), *photos[1:]))
+    assert [strip.label for strip in strips] == ["worst", "median", "best"]
+    assert strips[0].caption == "+1.00 dB, 700 x 400 pixels, crop from 400, 80"
+    sheet = Image.open(io.BytesIO(sheet_png(strips)))
+    assert sheet.size == sheet_size(strips) == (3 * 256 + 4 * 16, 16 + 3 * (48 + 256 + 44))
+    for column in range(3):
+        left = 16 + column * (256 + 16)
+        shown = np.asarray(sheet.crop((left, 64, left + 256, 64 + 256)))
+        np.testing.assert_array_equal(shown, pixels[80:336, 400:656])
+
+
+@pytest.mark.parametrize(("count", "labels"), [(1, ["the only image"]), (2, ["worst", "best"])])
+def test_few_images_are_shown_once(photos: list[dict[str, Any]], count: int, labels: list[str]) -> None:
+    assert [strip.label for strip in load_strips(table(*photos[:count]))] == labels
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (7, 300, 1), (256, 256, 4), (255, 257, 2), (600, 90, 3)])
+def test_window_lies_inside_the_image(shape: tuple[int, int, int]) -> None:
+    pixels = np.random.default_rng(0).random(shape, dtype=np.float32)
+    top, left = most_detailed(pixels)
+    assert 0 <= top <= max(0, shape[0] - CROP)
+    assert 0 <= left <= max(0, shape[1] - CROP)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "I;16"])
+def test_crops_of_every_kind_of_pixel_are_rgb8(photos: list[dict[str, Any]], mode: str) -> None:
+    values = np.linspace(0, 255, 280 * 300).reshape(280, 300).astype(np.uint8)
+    for field in ("source", "output", "reference"):
+        if mode == "I;16":
+            Image.fromarray(values.astype(np.uint16) * 257).save(photos[1][field])
+        else:
+            Image.fromarray(values).convert(mode).save(photos[1][field])
+    (strip,) = load_strips(table(photos[1]))
+    for crop in strip.crops:
+        assert crop.pixels is not None
+        assert crop.pixels.dtype == np.uint8
+        assert crop.pixels.shape == (256, 256, 3)
+        assert abs(int(crop.pixels.astype(int).mean()) - int(values.mean())) < 12
+
+
+def test_many_rows_stay_a_small_page(output: Store) -> None:
+    count = 20_000
+    rng = np.random.default_rng(0)
+    before, after = rng.normal(20, 2, count), rng.normal(30, 2, count)
+    rows = [scored(f"{index:06}", before[index], after[index]) for index in range(count)]
+    rows += [row(f"bad{index:04}", status="missing", reason="gone") for index in range(MAX_FAILED + 1234)]
+    source, page = render(output, table(*rows))
+    assert len(source) < 1_000_000
+    assert f"{MAX_POINTS:,} of 20,000 images, drawn at random" in page.text
+    assert "bad0099" in page.text
+    assert "bad0100" not in page.text
+    assert "and 1,234 more" in page.text
+
+
+@pytest.mark.parametrize("gain", [0.0, 1e-9, -3.0])
+def test_equal_gains_still_make_a_page(output: Store, gain: float) -> None:
+    _, page = render(output, table(scored("a", 30.0, 30.0 + gain), scored("b", 30.0, 30.0 + gain)))
+    assert page.tags.count("svg") == 3
+
+
+def test_identical_images_are_told_not_averaged(output: Store) -> None:
+    _, page = render(output, table(scored("a", 20.0, 25.0), scored("b", 20.0, math.inf)))
+    assert "left out of the means: 0 before, 1 restored" in page.text
+    _, page = render(output, table(scored("b", 20.0, math.inf)))
+    assert "Every scored image equals its reference." in page.text
