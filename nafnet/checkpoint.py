@@ -57,7 +57,7 @@ def load(path: str | Path, *, expected_sha256: str | None = None) -> Checkpoint:
     sha256 = hashlib.sha256(data).hexdigest()
     if expected_sha256 is not None and sha256 != expected_sha256:
         raise CheckpointError(
-            f"{path}: SHA-256 is {sha256}, expected {expected_sha256}: the file is damaged or another one; fetch it again"
+            f"{path}: SHA-256 is {sha256}, expected {expected_sha256}: it is damaged or another file; fetch it again"
         )
     tensors, metadata = _read(path, data)
     state = clean_state_dict(tensors, source=str(path))
@@ -162,7 +162,16 @@ def _read(path: Path, data: bytes) -> tuple[object, dict[str, str]]:
             f"{path}: refused: it is not plain tensors ({reason}). A checkpoint that needs code to open is unsafe: "
             "save its state dict alone, or convert it to safetensors where it was made"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        KeyError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        TypeError,
+    ) as error:
         # What torch raises for cut or foreign bytes depends on where they break.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
@@ -179,7 +188,7 @@ def _safetensors_metadata(data: bytes) -> dict[str, str]:
 def _told_config(inferred: NetConfig, told: str, path: Path) -> NetConfig:
     """The config in the header, which also knows activation and sigma; it must agree with the tensors."""
     try:
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(told).items()}
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(told).items()}
         config = NetConfig(**fields)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header's network config is not valid: {error}") from error

@@ -1,7 +1,7 @@
 """Ways to spoil a picture, and synthetic pictures to spoil: all seeded, so that a run can be made again.
 
 Degradations take and return float32 (H, W, C) in [0, 1] and a `numpy.random.Generator`; they do not clip (a sensor
-clips when it stores: see `nafnet.images.quantize`). `scene` draws procedural training pictures, so that a denoiser can
+clips when it stores: see `nafnet.metrics.quantize`). `scene` draws procedural training pictures, so that a denoiser can
 be trained without a data set: dead leaves with occlusion (Lee, Mumford, Huang 2001), whose edges and sizes follow the
 statistics of natural images, filled with 1/f, oriented and periodic textures, shading, and text-like edges.
 """
@@ -26,7 +26,7 @@ def gaussian_noise(image: Float32, sigma: float, rng: Generator) -> Float32:
 
 def poisson_gaussian_noise(image: Float32, shot: float, read: float, rng: Generator) -> Float32:
     """Add sensor noise of variance `shot * value + read**2` (Foi et al. 2008, Gaussian approximation)."""
-    sigma = np.sqrt(np.maximum(image, 0) * np.float32(shot) + np.float32(read) ** 2)
+    sigma: Float32 = np.sqrt(np.maximum(image, 0) * np.float32(shot) + np.float32(read) ** 2)
     return image + rng.standard_normal(image.shape, dtype=np.float32) * sigma
 
 
@@ -104,7 +104,8 @@ def _palette(rng: Generator) -> Float32:
     light = rng.beta(1.1, 1.3, (n, 1))
     saturation = rng.choice([0.03, 0.08, 0.18])
     chroma = rng.normal(0, saturation, (n, 3)) + rng.normal(0, 0.05, (1, 3))
-    return np.clip(light + chroma - chroma.mean(1, keepdims=True), 0, 1).astype(np.float32)
+    colours: Float32 = np.clip(light + chroma - chroma.mean(1, keepdims=True), 0, 1).astype(np.float32)
+    return colours
 
 
 def _texture(rng: Generator, size_px: int) -> Float32:
@@ -140,7 +141,8 @@ def _texture(rng: Generator, size_px: int) -> Float32:
 
 
 def _standardize(field: npt.NDArray[np.floating]) -> Float32:
-    return ((field - field.mean()) / (field.std() + 1e-6)).astype(np.float32)
+    unit: Float32 = ((field - field.mean()) / (field.std() + 1e-6)).astype(np.float32)
+    return unit
 
 
 def _fill(rng: Generator, palette: Float32, textures: list[Float32], height: int, width: int) -> Image.Image:
@@ -164,9 +166,7 @@ def _fill(rng: Generator, palette: Float32, textures: list[Float32], height: int
     return Image.fromarray((np.clip(patch, 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
-def _paint_leaf(
-    rng: Generator, canvas: Image.Image, radius: float, palette: Float32, textures: list[Float32]
-) -> None:
+def _paint_leaf(rng: Generator, canvas: Image.Image, radius: float, palette: Float32, textures: list[Float32]) -> None:
     centre = rng.random(2) * canvas.width
     size = min(int(2 * radius) + 3, canvas.width)
     mask = Image.new("L", (size, size))
@@ -223,5 +223,5 @@ def _develop(rng: Generator, image: Image.Image) -> npt.NDArray[np.uint8]:
     slope_y, slope_x = rng.normal(0, 0.2, 2).astype(np.float32)
     light = np.exp(slope_y * ramp[:, None, None] + slope_x * ramp[None, :, None])
     pixels = np.clip(pixels * light, 0, 1) ** np.float32(np.exp(rng.normal(0, 0.3)))
-    return (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
-
+    stored: npt.NDArray[np.uint8] = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return stored

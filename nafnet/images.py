@@ -109,9 +109,7 @@ class Picture:
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 3 or not 1 <= self.pixels.shape[2] <= 4 or self.pixels.size == 0:
-            raise ValueError(
-                f"pixels must be (height, width, 1 to 4 channels), got shape {self.pixels.shape}"
-            )
+            raise ValueError(f"pixels must be (height, width, 1 to 4 channels), got shape {self.pixels.shape}")
         if self.pixels.dtype not in _BIT_DEPTHS:
             raise ValueError(f"pixels must be uint8, uint16 or float32, got {self.pixels.dtype}")
         if not self.pixels.flags.c_contiguous:
@@ -223,9 +221,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 def _check_frames(frames: int) -> None:
     if frames > 1:
-        raise RefusedImage(
-            f"{frames} frames or pages, and only still images are restored; split the file first"
-        )
+        raise RefusedImage(f"{frames} frames or pages, and only still images are restored; split the file first")
 
 
 def _read_png(data: bytes, max_pixels: int) -> Picture:
@@ -259,9 +255,7 @@ def _unpack_profile(chunk: bytes) -> bytes:
     unpacker = zlib.decompressobj()
     profile = unpacker.decompress(chunk.partition(b"\0")[2][1:], _MAX_ICC_BYTES)
     if unpacker.unconsumed_tail:
-        raise RefusedImage(
-            f"its colour profile unpacks to more than {_MAX_ICC_BYTES} bytes; export it without"
-        )
+        raise RefusedImage(f"its colour profile unpacks to more than {_MAX_ICC_BYTES} bytes; export it without")
     return profile
 
 
@@ -296,9 +290,7 @@ def _tiff_pixels(data: bytes, tags: ImageFileDirectory_v2) -> Pixels:
     """Grey or RGB samples as (H, W, C), not upright; alpha unassociated, black at zero."""
     samples, colours = tags.get(277, 1), 3 if tags[262] == 2 else 1
     if not 0 <= samples - colours <= 1:
-        raise RefusedImage(
-            f"TIFF of {samples} samples a pixel; grey or RGB with at most an alpha is restored"
-        )
+        raise RefusedImage(f"TIFF of {samples} samples a pixel; grey or RGB with at most an alpha is restored")
     pixels = imagecodecs.tiff_decode(data)
     if tags.get(284) == 2 and samples > 1:  # stored plane by plane
         pixels = pixels.transpose(1, 2, 0)
@@ -306,9 +298,7 @@ def _tiff_pixels(data: bytes, tags: ImageFileDirectory_v2) -> Pixels:
     if pixels.shape != (tags[257], tags[256], samples):
         raise UnreadableImage(f"TIFF holds {pixels.shape}, its header says {(tags[257], tags[256], samples)}")
     if pixels.dtype == np.float32 and not (pixels.min() >= 0 and pixels.max() <= 1):
-        raise RefusedImage(
-            f"float TIFF with values {pixels.min():g} to {pixels.max():g}; scale it to [0, 1] first"
-        )
+        raise RefusedImage(f"float TIFF with values {pixels.min():g} to {pixels.max():g}; scale it to [0, 1] first")
     top = pixels.dtype.type(1 if pixels.dtype == np.float32 else np.iinfo(pixels.dtype).max)
     if tags[262] == 0:  # white is zero
         pixels = np.concatenate([top - pixels[:, :, :1], pixels[:, :, 1:]], axis=2)

@@ -185,18 +185,14 @@ def _without_alpha(image: Image, role: str) -> Image:
 def _pair(restored: Image, reference: Image, data_range: float, crop_border: int) -> tuple[Image, Image]:
     """Both as (H, W, C) views without their border, checked."""
     if restored.shape != reference.shape:
-        raise ValueError(
-            f"restored and reference must have the same shape, got {restored.shape} and {reference.shape}"
-        )
+        raise ValueError(f"restored and reference must have the same shape, got {restored.shape} and {reference.shape}")
     if restored.ndim not in (2, 3) or restored.size == 0:
         raise ValueError(f"images must be (H, W) or (H, W, C) and not empty, got shape {restored.shape}")
     if not 0 < data_range < np.inf:
         raise ValueError(f"data_range must be a positive number (255, 65535 or 1), got {data_range}")
     height, width = restored.shape[:2]
     if not 0 <= 2 * crop_border < min(height, width):
-        raise ValueError(
-            f"crop_border must be 0 or more and leave some of {height}x{width}, got {crop_border}"
-        )
+        raise ValueError(f"crop_border must be 0 or more and leave some of {height}x{width}, got {crop_border}")
     inner = slice(crop_border, height - crop_border), slice(crop_border, width - crop_border)
     views = []
     for role, image in (("restored", restored), ("reference", reference)):

@@ -113,7 +113,8 @@ class ChannelAttention(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in and out."""
-        return x * spread(super().forward(x), x.shape[-2], x.shape[-1])
+        weights: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return x * spread(weights, x.shape[-2], x.shape[-1])
 
 
 def spread(weights: Tensor, height: int, width: int) -> Tensor:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from nafnet import catalog, checkpoint
-from nafnet.metrics import quantize
-from nafnet.model import Network
+from nafnet.metrics import data_range_of, quantize
+from nafnet.model import NetConfig, Network, parameters
 from nafnet.tiling import Tile, plan_tiles, restore_tiles
 from nafnet.tlc import localize, windows
 
@@ -24,6 +24,7 @@ _DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "float16": torch.float16,
 }
+_LIBRARIES_BYTES = 500 * 2**20  # a process that has imported torch and Ray, before it restores anything
 _PIXELS_REVISION = 1  # raised when a change to this package changes restored pixels beyond rounding
 
 
@@ -92,7 +93,7 @@ class Restorer:
         self.recipe = recipe
         self.device = device
         dtype = _DTYPES[recipe.precision]
-        self.network = network.to(device, dtype, memory_format=torch.channels_last)
+        self.network = network.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
     @classmethod
     def load(
@@ -188,6 +189,19 @@ class Restorer:
         return cast(npt.NDArray[np.float32], restored.cpu().numpy())
 
 
+def memory_bytes(config: NetConfig, pixels: int, *, precision: Precision = "float32") -> int:
+    """Peak memory in bytes of a CPU process that restores `pixels` at once: libraries, weights, the widest moment.
+
+    At full resolution a block holds at worst the skip connection, its input, the two outputs of dw_expand times `width`
+    channels around the depthwise convolution, and one output of its activation.
+    """
+    number = _DTYPES[precision].itemsize
+    live = 3 + 2 * config.dw_expand
+    with torch.device("meta"):
+        weights = parameters(Network(config))
+    return _LIBRARIES_BYTES + weights * number + live * config.width * pixels * number
+
+
 def _check(image: Pixels) -> None:
     if image.dtype not in (np.uint8, np.uint16, np.float32):
         raise ValueError(f"image must be uint8, uint16 or float32, got {image.dtype}")
@@ -201,6 +215,5 @@ def _check(image: Pixels) -> None:
 
 def to_float(pixels: Pixels) -> npt.NDArray[np.float32]:
     """Integers of their full range, or floats as they are, as float32 in [0, 1]: what the network takes."""
-    if pixels.dtype == np.float32:
-        return cast(npt.NDArray[np.float32], pixels)
-    return pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
+    values = pixels.astype(np.float32, copy=False)
+    return values if pixels.dtype == np.float32 else values / np.float32(data_range_of(pixels.dtype))

@@ -63,7 +63,7 @@ def plan_tiles(height: int, width: int, *, tile_px: int, halo_px: int, stride: i
     least = 2 * halo_px + BLEND_PX + stride
     if tile_px < least:
         raise ValueError(
-            f"a tile of {tile_px} px with a halo of {halo_px} px keeps nothing: use at least {least} px, or a smaller halo"
+            f"a tile of {tile_px} px with a halo of {halo_px} px keeps nothing: take {least} px or more, or less halo"
         )
     rows = _plan_axis(height, tile_px, halo_px, stride)
     columns = _plan_axis(width, tile_px, halo_px, stride)
@@ -105,7 +105,6 @@ def _starts(length: int, tile_px: int, halo_px: int, stride: int) -> Iterator[in
     yield 0
     step = (tile_px - 2 * halo_px - BLEND_PX) // stride * stride
     last = -(-(length - tile_px) // stride) * stride
-    for start in range(step, last, step):
-        yield start
+    yield from range(step, last, step)
     if last > 0:
         yield last

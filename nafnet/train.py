@@ -104,7 +104,8 @@ def train(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    network = Network(recipe.network).to(device, memory_format=torch.channels_last)
+    network = Network(recipe.network).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.9), weight_decay=recipe.weight_decay
     )
@@ -121,7 +122,7 @@ def train(
             restored = network(degraded)
         loss = psnr_loss(restored.float(), clean)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -138,7 +139,11 @@ def train(
             losses.clear()
         if done % save_every == 0 and not last:
             _save_state(state_path, recipe, network, optimizer, done, history)
-    metadata = {"recipe": json.dumps(asdict(recipe)), "train_size": str(recipe.crop_px), "data": "procedural scenes"}
+    metadata = {
+        "recipe": json.dumps(asdict(recipe)),
+        "train_size": str(recipe.crop_px),
+        "data": "procedural scenes",
+    }
     checkpoint.save(out, network, metadata)
     out.with_suffix(".history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     plot(history, out.with_suffix(".png"))
@@ -163,7 +168,7 @@ def batch(pool: npt.NDArray[np.uint8], recipe: TrainRecipe, step: int) -> tuple[
     for i in range(recipe.batch):
         top, left = rng.integers(0, recipe.scene_px - recipe.crop_px + 1, 2)
         crop = pool[rng.integers(len(pool)), top : top + recipe.crop_px, left : left + recipe.crop_px]
-        crop = np.rot90(crop, rng.integers(4))
+        crop = np.rot90(crop, int(rng.integers(4)))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         crops[i] = crop.astype(np.float32) / 255

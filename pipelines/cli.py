@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 
 from nafnet import catalog, checkpoint
-from nafnet.model import Activation, Attention, NetConfig, Norm, Sigma, parameters
-from nafnet.restore import Precision, Restorer
+from nafnet.model import Activation, Attention, NetConfig, Network, Norm, Sigma, multiply_adds, parameters
+from nafnet.restore import Precision, Restorer, memory_bytes
 from nafnet.tlc import windows
 
 app = typer.Typer(
@@ -40,33 +41,44 @@ def restore(
     ] = "demo",
     tlc: Annotated[
         bool | None,
-        typer.Option("--tlc/--no-tlc", help="Local attention windows. Default: what the catalog says; on for other files."),
+        typer.Option(
+            "--tlc/--no-tlc",
+            help="Local attention windows. Default: what the catalog says; on for other files.",
+        ),
     ] = None,
     train_size: Annotated[
-        int | None, typer.Option(help="Side of the training crops in px (TLC window). Default: what the file says, else 256.")
+        int | None,
+        typer.Option(help="Side of the training crops in px (TLC window). Default: what the file says, else 256."),
     ] = None,
     protocol: Annotated[
-        Protocol | None, typer.Option(help="How scores are computed. Default: the checkpoint's own, else as stored.")
+        Protocol | None,
+        typer.Option(help="How scores are computed. Default: the checkpoint's own, else as stored."),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Number format of the network.")] = "float32",
-    tile: Annotated[int | None, typer.Option(help="Restore in tiles of this side in px. Default: whole images.")] = None,
+    tile: Annotated[
+        int | None, typer.Option(help="Restore in tiles of this side in px. Default: whole images.")
+    ] = None,
     halo: Annotated[int, typer.Option(help="Margin around a tile that is restored and thrown away, px.")] = 192,
     actors: Annotated[
-        int | None, typer.Option(help="Processes that hold the network. Default: one for four CPUs, or all GPUs.")
+        int | None,
+        typer.Option(help="Processes that hold the network. Default: one for four CPUs, or all GPUs."),
     ] = None,
     gpus_per_actor: Annotated[float, typer.Option(help="GPUs each actor reserves; 0 restores on the CPU.")] = 0,
     ray_address: Annotated[
         str, typer.Option(help="'local' starts Ray for this run; 'auto' or host:port joins a cluster.")
     ] = "local",
     include: Annotated[
-        list[str] | None, typer.Option(help="Glob of the keys to restore; may repeat. Default: the image extensions.")
+        list[str] | None,
+        typer.Option(help="Glob of the keys to restore; may repeat. Default: the image extensions."),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of the keys to leave out; may repeat.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many keys, in order of their names.")] = None,
     max_failed: Annotated[int, typer.Option(help="How many images may fail before the run ends red.")] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Also redo what an earlier run could not restore.")] = False,
     max_megapixels: Annotated[float, typer.Option(help="Images larger than this are refused.")] = 250,
-    dry_run: Annotated[bool, typer.Option(help="Say what would be done and what it would cost; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Say what would be done and what it would cost; write nothing.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Restore every image below SOURCE, score it if there is a reference, write images and a report to OUTPUT.
@@ -111,9 +123,10 @@ def score(
                 continue
             values = (scored.scores.psnr, scored.scores.ssim_2d or float("nan"), scored.scores.ssim_3d)
             sums, count = [total + value for total, value in zip(sums, values, strict=True)], count + 1
-            print("{:8.4f} {:8.4f} {:8.4f}  {}".format(*values, scored.key))
+            print(" ".join(f"{value:8.4f}" for value in values) + f"  {scored.key}")
     if count:
-        print("{:8.4f} {:8.4f} {:8.4f}  mean of {} under protocol {}".format(*(s / count for s in sums), count, protocol))
+        means = " ".join(f"{total / count:8.4f}" for total in sums)
+        print(f"{means}  mean of {count} under protocol {protocol}")
     if failed:
         _fail(f"{failed} images could not be scored", code=1)
 
@@ -121,7 +134,8 @@ def score(
 @app.command()
 def info(
     weights: Annotated[
-        str | None, typer.Argument(metavar="CHECKPOINT", help="A file or a catalog name. Left out: list the catalog.")
+        str | None,
+        typer.Argument(metavar="CHECKPOINT", help="A file or a catalog name. Left out: list the catalog."),
     ] = None,
     height: Annotated[int, typer.Option(help="Image height for the arithmetic, px.")] = 256,
     width: Annotated[int, typer.Option(help="Image width for the arithmetic, px.")] = 256,
@@ -129,12 +143,10 @@ def info(
     """Say what a checkpoint holds: network, parameters, arithmetic, TLC windows. Without one, list the catalog."""
     if weights is None:
         print(f"{'name':<24} {'PSNR':>8} {'SSIM-3D':>8}  TLC  protocol")
-        for entry in catalog.CATALOG.values():
-            scores = f"{entry.psnr:8.4f} {entry.ssim_3d:8.4f}" if entry.psnr else f"{'-':>8} {'-':>8}"
-            print(f"{entry.name:<24} {scores}  {'on ' if entry.tlc else 'off'}  {entry.protocol}")
+        for row in catalog.CATALOG.values():
+            scores = f"{row.psnr:8.4f} {row.ssim_3d:8.4f}" if row.psnr else f"{'-':>8} {'-':>8}"
+            print(f"{row.name:<24} {scores}  {'on ' if row.tlc else 'off'}  {row.protocol}")
         return
-    from nafnet.model import multiply_adds
-    from pipelines.estimate import memory_bytes
     from pipelines.weights import locate
 
     with _clear_errors():
@@ -185,7 +197,8 @@ def train(
         checked = f", held-out {progress.validation_psnr:.2f} dB" if progress.validation_psnr else ""
         left = progress.seconds_left / 60
         print(
-            f"step {progress.step}/{progress.steps}: {progress.psnr:.2f} dB{checked}, {left:.0f} min left", flush=True
+            f"step {progress.step}/{progress.steps}: {progress.psnr:.2f} dB{checked}, {left:.0f} min left",
+            flush=True,
         )
 
     with _clear_errors():
@@ -243,10 +256,6 @@ def main() -> None:
 
 def parameters_text(config: NetConfig) -> str:
     """One line on a network that is about to be trained."""
-    import torch
-
-    from nafnet.model import Network
-
     with torch.device("meta"):
         count = parameters(Network(config))
     return f"{config.family} of width {config.width}, {count:,} parameters"

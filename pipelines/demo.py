@@ -17,7 +17,7 @@ _PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")
 def photographs() -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
     """Name to (H, W, 3) uint8: four photographs and both eyes of a colour stereo pair. Needs no network."""
     photos = {name: getattr(skimage.data, name)() for name in _PHOTOS}
-    left, right, _disparity = skimage.data.stereo_motorcycle()
+    left, right, _disparity = skimage.data.stereo_motorcycle()  # type: ignore[no-untyped-call]
     return {**photos, "motorcycle_left": left, "motorcycle_right": right}
 
 

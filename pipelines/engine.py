@@ -4,7 +4,6 @@ The driver hands out small blocks of keys and receives rows without pixels. Pixe
 from fetching to the actors that hold the network, and from there to scoring and writing.
 """
 
-# ruff: noqa: E402 - Ray reads its environment when it is imported
 import os
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster's token would be written into HOME
@@ -17,7 +16,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -84,17 +83,17 @@ def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
     logging.getLogger("ray.data").setLevel(level)
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_terminate = signal.getsignal(signal.SIGTERM) if in_main_thread else None
-    local = {"include_dashboard": False} if address == "local" else {}
+    dashboard = False if address == "local" else None  # None: whatever the cluster that is joined has
     with _stderr_shut(not verbose):
-        ray.init(address=address, logging_level=level, log_to_driver=verbose, **local)
+        ray.init(address=address, logging_level=level, log_to_driver=verbose, include_dashboard=dashboard)
     if in_main_thread:  # Ray's own handler aborts the process, where Prefect's cancels the run
         signal.signal(signal.SIGTERM, on_terminate)
     try:
-        resources = ray.cluster_resources()
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Cluster(
             cpus=int(resources.get("CPU", 1)),
             gpus=float(resources.get("GPU", 0)),
-            nodes=len(ray.nodes()),
+            nodes=len(ray.nodes()),  # type: ignore[no-untyped-call]
             version=ray.__version__,
         )
     finally:
@@ -150,7 +149,8 @@ def _pass(
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         stages = _stages(blocks, work, pool)
     seen: set[str] = set()
-    for rows in stages.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+    batches: Iterable[pa.Table] = stages.iter_batches(batch_size=None, batch_format="pyarrow")
+    for rows in batches:
         fresh = rows.cast(REPORT_SCHEMA).filter(pa.array([key not in seen for key in rows["key"].to_pylist()]))
         seen.update(fresh["key"].to_pylist())
         on_rows(fresh)

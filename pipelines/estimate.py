@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nafnet.images import RefusedImage, UnreadableImage, decode
-from nafnet.model import NetConfig
-from nafnet.restore import Restorer
+from nafnet.restore import Restorer, memory_bytes
 from pipelines.manifest import Plan
 from pipelines.storage import Store
 
@@ -56,16 +55,3 @@ def estimate(plan: Plan, source: Store, restorer: Restorer, *, max_pixels: int) 
         memory_bytes=memory_bytes(restorer.network.config, piece),
         seconds=per_pixel * megapixels * 1e6,
     )
-
-
-def memory_bytes(config: NetConfig, pixels: int, *, bytes_per_number: int = 4) -> int:
-    """Peak memory of a process that restores `pixels` at once: library, weights, and the widest moment of a block.
-
-    At full resolution a block holds, at worst, its input, the first 1x1 convolution's output, the depthwise one's,
-    and the gate's or attention's: 1 + 2 dw_expand + 1 times `width` numbers a pixel, beside the skip connection.
-    """
-    live = 2 + 2 * config.dw_expand + 1
-    network = 4 * config.width**2 * sum((*config.enc_blocks, config.middle_blocks, *config.dec_blocks))
-    return 500 * 2**20 + network * bytes_per_number + live * config.width * pixels * bytes_per_number
-
-

@@ -9,7 +9,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, cast
+from uuid import UUID
 
 import pyarrow as pa
 from prefect import flow, task
@@ -22,7 +23,8 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.client.schemas import State
+from prefect.states import Completed, Failed
 
 from nafnet import catalog
 from nafnet.checkpoint import CheckpointError
@@ -198,7 +200,8 @@ class _Watch:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._artifact = create_progress_artifact(0.0, key="progress", description="Images that have their row")
+        artifact = create_progress_artifact(0.0, key="progress", description="Images that have their row")
+        self._artifact = cast(UUID, artifact)  # a coroutine only when called from one
         self._updated = time.monotonic()
 
     def update(self) -> None:
@@ -208,9 +211,7 @@ class _Watch:
             self._updated = time.monotonic()
 
 
-def _describe_run(
-    prepared: Prepared, plan: Plan, cluster: dict[str, Any], started: datetime
-) -> dict[str, Any]:
+def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], started: datetime) -> dict[str, Any]:
     """What run.json holds: enough to make the run again and to compare it with another."""
     packages = ("nafnet-pipelines", "torch", "ray", "prefect", "pyarrow", "numpy", "pillow", "imagecodecs")
     return {

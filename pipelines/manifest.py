@@ -13,7 +13,7 @@ from pipelines.parts import write_parquet
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Pair, ReportRow, Status
 from pipelines.report import read_rows
 from pipelines.settings import RestoreJob
-from pipelines.storage import Entry, Store, StorageError, UnsafeKey, check_key
+from pipelines.storage import Entry, StorageError, Store, UnsafeKey, check_key
 
 _PART_ROWS = 100_000
 
@@ -123,9 +123,7 @@ def _finished(output: Store, recipe: str, protocol: str, *, restored_only: bool)
     }
 
 
-def _decide(
-    entry: Entry, fingerprint: str, recipe: str, status: Status, reason: str, source: str
-) -> ReportRow:
+def _decide(entry: Entry, fingerprint: str, recipe: str, status: Status, reason: str, source: str) -> ReportRow:
     return ReportRow(
         key=entry.key,
         status=status,

@@ -56,7 +56,12 @@ class Progress:
             self._said = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)
             logger.info(
-                "%d of %d images, %.2f images/s, %.0f s left%s", self.done, self.total, self.rate, left, self._failed()
+                "%d of %d images, %.2f images/s, %.0f s left%s",
+                self.done,
+                self.total,
+                self.rate,
+                left,
+                self._failed(),
             )
 
     def _failed(self) -> str:

@@ -90,9 +90,7 @@ def extremes(values: Floats) -> tuple[int, int, int] | None:
     return (int(order[0]), int(order[(len(order) - 1) // 2]), int(order[-1])) if len(order) else None
 
 
-def summarize(
-    rows: pa.Table, *, wall_seconds: float | None = None, wall_images: int | None = None
-) -> Summary:
+def summarize(rows: pa.Table, *, wall_seconds: float | None = None, wall_images: int | None = None) -> Summary:
     """The run in numbers, ready for JSON: None stands for what is unknown, never NaN or infinity.
 
     Every mean is over restored rows with a finite value; `gain` needs both PSNRs finite, so it can differ
@@ -150,8 +148,7 @@ def _named_extremes(rows: pa.Table, gain: Floats) -> dict[str, dict[str, Any] | 
     if found is None:
         return dict.fromkeys(names)
     return {
-        name: {"key": rows["key"][at].as_py(), "gain": float(gain[at])}
-        for name, at in zip(names, found, strict=True)
+        name: {"key": rows["key"][at].as_py(), "gain": float(gain[at])} for name, at in zip(names, found, strict=True)
     }
 
 

@@ -85,9 +85,7 @@ def write_report(
     return output.url("report.html")
 
 
-def render(
-    place: str, rows: pa.Table, summary: Summary, run: Mapping[str, Any], strips: Sequence[Strip]
-) -> str:
+def render(place: str, rows: pa.Table, summary: Summary, run: Mapping[str, Any], strips: Sequence[Strip]) -> str:
     """The page as HTML. `place` is the URL of the output prefix, shown as text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -222,9 +220,7 @@ def _speed(pixels: Any, seconds: Any) -> str:
 
 def _dots(axes: Axes, x: Any, y: Any) -> None:
     few = len(x) <= 200
-    axes.plot(
-        x, y, "o", color=_ACCENT, markersize=5 if few else 2.5, alpha=0.8 if few else 0.35, markeredgewidth=0
-    )
+    axes.plot(x, y, "o", color=_ACCENT, markersize=5 if few else 2.5, alpha=0.8 if few else 0.35, markeredgewidth=0)
 
 
 def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from nafnet.images import RefusedImage, UnreadableImage, decode
 from nafnet.metrics import PROTOCOLS, Scores, score
 from pipelines.datasets import same_key
-from pipelines.storage import Store, StorageError
+from pipelines.storage import StorageError, Store
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,39 +13,58 @@ class RestoreJob(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: Annotated[str, Field(min_length=1, description="Folder or prefix of degraded images: a path or an fsspec URL")]
+    source: Annotated[
+        str, Field(min_length=1, description="Folder or prefix of degraded images: a path or an fsspec URL")
+    ]
     output: Annotated[str, Field(min_length=1, description="Prefix to write images/, report/ and report.html to")]
     reference: Annotated[
-        str | None, Field(description="Folder or prefix of sharp originals with the same relative names, to score against")
+        str | None,
+        Field(description="Folder or prefix of sharp originals with the same relative names, to score against"),
     ] = None
     checkpoint: Annotated[
-        str, Field(min_length=1, description="A file, a URL, or a name from the catalog (nafnet info lists them)")
+        str,
+        Field(min_length=1, description="A file, a URL, or a name from the catalog (nafnet info lists them)"),
     ] = "demo"
-    tlc: Annotated[
-        bool | None, Field(description="Local attention windows; unset: what the catalog says, else on")
-    ] = None
+    tlc: Annotated[bool | None, Field(description="Local attention windows; unset: what the catalog says, else on")] = (
+        None
+    )
     train_size: Annotated[
-        int | None, Field(ge=16, description="Side of the training crops in px (TLC window); unset: what the file says, else 256")
+        int | None,
+        Field(
+            ge=16,
+            description="Side of the training crops in px (TLC window); unset: what the file says, else 256",
+        ),
     ] = None
     protocol: Annotated[
         Literal["gopro", "sidd", "reds", "stored"] | None,
         Field(description="How scores are computed; unset: what the catalog says, else as stored"),
     ] = None
-    precision: Annotated[Literal["float32", "bf16", "float16"], Field(description="Number format of the network")] = "float32"
-    tile: Annotated[int | None, Field(ge=32, description="Restore in tiles of this side in px; unset: whole images")] = None
+    precision: Annotated[Literal["float32", "bf16", "float16"], Field(description="Number format of the network")] = (
+        "float32"
+    )
+    tile: Annotated[
+        int | None, Field(ge=32, description="Restore in tiles of this side in px; unset: whole images")
+    ] = None
     halo: Annotated[int, Field(ge=0, description="Margin around a tile that is restored and thrown away, px")] = 192
     actors: Annotated[
-        int | None, Field(ge=1, description="Processes that hold the network; unset: one per GPU asked for, or half the CPUs")
+        int | None,
+        Field(
+            ge=1,
+            description="Processes that hold the network; unset: one per GPU asked for, or half the CPUs",
+        ),
     ] = None
     gpus_per_actor: Annotated[float, Field(ge=0, description="GPUs each actor reserves; 0 restores on the CPU")] = 0
     ray_address: Annotated[
-        str, Field(min_length=1, description="'local' starts Ray for this run; 'auto' or host:port joins a cluster")
+        str,
+        Field(min_length=1, description="'local' starts Ray for this run; 'auto' or host:port joins a cluster"),
     ] = "local"
     include: Annotated[tuple[str, ...], Field(min_length=1, description="Globs of the keys to restore")] = IMAGE_GLOBS
     exclude: Annotated[tuple[str, ...], Field(description="Globs of the keys to leave out")] = ()
     limit: Annotated[int | None, Field(ge=1, description="Only the first so many keys, in order of their names")] = None
     max_failed: Annotated[int, Field(ge=0, description="How many images may fail before the run ends red")] = 0
-    retry_failed: Annotated[bool, Field(description="Also redo the images that an earlier run could not restore")] = False
+    retry_failed: Annotated[bool, Field(description="Also redo the images that an earlier run could not restore")] = (
+        False
+    )
     max_megapixels: Annotated[float, Field(gt=0, description="Images larger than this are refused")] = 250
 
     @field_validator("source", "output", "reference")

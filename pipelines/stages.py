@@ -263,7 +263,13 @@ def _size(pixels: npt.NDArray[Any]) -> str:
 
 
 def _end(row: Row, status: Status, reason: str) -> Row:
-    return {**dict.fromkeys(PIXEL_SCHEMA.names), **row, "status": str(status), "reason": reason, "pixels": None}
+    return {
+        **dict.fromkeys(PIXEL_SCHEMA.names),
+        **row,
+        "status": str(status),
+        "reason": reason,
+        "pixels": None,
+    }
 
 
 def _crashed(row: Row, doing: str, error: Exception) -> Row:

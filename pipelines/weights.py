@@ -6,7 +6,6 @@ from pathlib import Path
 
 from nafnet import catalog
 from nafnet.checkpoint import CheckpointError
-from pipelines.storage import StorageError, open_url
 
 
 def cache_folder() -> Path:
@@ -51,6 +50,9 @@ def locate(checkpoint: str) -> Path:
 def _fetch(url: str, target: Path) -> Path:
     if target.is_file():
         return target
+    # Here, not above: the model library alone, without fsspec, must still find files and bundled weights.
+    from pipelines.storage import StorageError, open_url  # noqa: PLC0415
+
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

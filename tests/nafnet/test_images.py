@@ -92,9 +92,7 @@ def test_lossless_round_trip(name, channels, dtype):
         assert kept.get_ifd(0x8825)[0x0001] == "N"
 
 
-@pytest.mark.parametrize(
-    ("name", "channels", "dtype"), [*LOSSLESS, ("JPEG", 1, "uint8"), ("JPEG", 3, "uint8")]
-)
+@pytest.mark.parametrize(("name", "channels", "dtype"), [*LOSSLESS, ("JPEG", 1, "uint8"), ("JPEG", 3, "uint8")])
 def test_nothing_is_added(name, channels, dtype):
     picture = decode(encode(Picture(pixels_of(channels, dtype), name)))
     assert picture.icc is None
@@ -126,9 +124,7 @@ def test_other_readers_read_our_png(channels):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jpeg_is_444_at_95(channels):
     rows, columns = np.mgrid[0:48, 0:64]
-    pixels = (
-        np.stack([rows * 5, columns * 3, rows + columns], axis=2).astype(np.uint8)[:, :, :channels].copy()
-    )
+    pixels = np.stack([rows * 5, columns * 3, rows + columns], axis=2).astype(np.uint8)[:, :, :channels].copy()
     data = encode(Picture(pixels, "JPEG", ICC, exif_block()))
     picture = decode(data)
     assert picture.pixels.shape == pixels.shape
@@ -167,9 +163,7 @@ def test_the_format_can_be_changed():
 
 @pytest.mark.parametrize("byteorder", "<>")
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-@pytest.mark.parametrize(
-    "options", [{}, {"compression": "lzw", "predictor": True}, {"tile": (16, 16)}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"compression": "lzw", "predictor": True}, {"tile": (16, 16)}], ids=str)
 def test_tiff_variants(dtype, byteorder, options):
     if dtype == "float32":
         options = {key: value for key, value in options.items() if key != "predictor"}
@@ -192,9 +186,7 @@ def test_tiff_planes_inverted_grey_and_odd_alphas():
     np.testing.assert_array_equal(decode(planes).pixels, pixels)
     for dtype, top in (("uint8", 255), ("uint16", 65535), ("float32", 1)):
         grey = pixels_of(1, dtype)
-        np.testing.assert_array_equal(
-            decode(tiff_bytes(grey[:, :, 0], photometric="miniswhite")).pixels, top - grey
-        )
+        np.testing.assert_array_equal(decode(tiff_bytes(grey[:, :, 0], photometric="miniswhite")).pixels, top - grey)
     pixels = pixels_of(4)
     unspecified = tiff_bytes(pixels, photometric="rgb", extrasamples=["unspecified"])
     np.testing.assert_array_equal(decode(unspecified).pixels, pixels[:, :, :3])
@@ -220,9 +212,7 @@ def test_palette_with_transparency_becomes_rgba():
 @pytest.mark.parametrize("name", ["PNG", "TIFF", "BMP"])
 def test_one_bit_becomes_grey(name):
     bits = pixels_of(1)[:, :, 0] > 128
-    np.testing.assert_array_equal(
-        decode(pillow_bytes(Image.fromarray(bits), name)).pixels[:, :, 0], bits * 255
-    )
+    np.testing.assert_array_equal(decode(pillow_bytes(Image.fromarray(bits), name)).pixels[:, :, 0], bits * 255)
 
 
 def test_png_small_depths_and_transparent_keys():

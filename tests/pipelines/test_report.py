@@ -215,9 +215,7 @@ def test_summary_counts_every_status_and_keeps_infinities_out_of_the_means() -> 
     assert summary["network_seconds_p95"] == pytest.approx(3.6)
     assert summary["megapixels_per_network_second"] == pytest.approx(2.5 / 12)
     assert summary["images_per_second"] == pytest.approx(0.5)
-    assert count_line(summary) == (
-        "12 images: 6 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 2 crashed"
-    )
+    assert count_line(summary) == ("12 images: 6 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 2 crashed")
 
 
 def test_summary_json_is_what_was_summarized(output: Store) -> None:
@@ -272,9 +270,7 @@ def test_page_shows_headline_crops_plots_and_run(output: Store, photos: list[dic
 
 
 def test_page_loads_nothing(output: Store, photos: list[dict[str, Any]]) -> None:
-    source, page = render(
-        output, table(*photos, row("x", status="missing", reason="see https://a.example/x"))
-    )
+    source, page = render(output, table(*photos, row("x", status="missing", reason="see https://a.example/x")))
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     links = [
         value
