@@ -7,7 +7,6 @@ Nothing in a file is ever executed.
 import hashlib
 import io
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -110,9 +109,9 @@ def infer_config(state: Mapping[str, Tensor], *, source: str = "state dict") -> 
     names = ["intro.weight", "ending.weight"]
     block = next((name.removesuffix("conv1.weight") for name in state if name.endswith(".conv1.weight")), None)
     names += [f"{block or 'encoders.0.0.'}conv{i}.weight" for i in range(1, 6)]
-    if absent := [name for name in names if name not in state or state[name].ndim != 4]:
+    if absent := [name for name in names if name not in state or state[name].ndim != 4 or not state[name].numel()]:
         raise CheckpointError(
-            f"{source}: not a NAFNet, Baseline or PlainNet: looked for {_some(absent)}, found {_some(state)}"
+            f"{source}: not a NAFNet, Baseline or PlainNet: looked for kernels {_some(absent)}, found {_some(state)}"
         )
     width, image_channels = state["intro.weight"].shape[:2]
     channels = state[f"{block}conv1.weight"].shape[1]
@@ -152,37 +151,26 @@ def _read(path: Path, data: bytes) -> tuple[object, dict[str, str]]:
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load(data), _safetensors_metadata(data)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that torch has not
             raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {}
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "not a pickle"
+    except Exception as error:  # which one torch raises for cut or foreign bytes depends on where they break
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path}: refused: it is not plain tensors, opening it would run {code[1]}. Save its state dict alone, "
+                "or convert it to safetensors where it was made"
+            ) from error
+        reason = f"{type(error).__name__} {error}".splitlines()[0].split(". ")[0]
         raise CheckpointError(
-            f"{path}: refused: it is not plain tensors ({reason}). A checkpoint that needs code to open is unsafe: "
-            "save its state dict alone, or convert it to safetensors where it was made"
-        ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        KeyError,
-        ValueError,
-        IndexError,
-        AttributeError,
-        TypeError,
-    ) as error:
-        # What torch raises for cut or foreign bytes depends on where they break.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{path}: not a whole PyTorch file ({len(data)} bytes: {reason}); fetch it again"
+            f"{path}: not a whole PyTorch file ({len(data)} bytes, {reason}); fetch it again"
         ) from error
 
 
 def _safetensors_metadata(data: bytes) -> dict[str, str]:
     length = int.from_bytes(data[:8], "little")
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
-    return {str(key): str(value) for key, value in header.get("__metadata__", {}).items()}
+    return {str(key): str(value) for key, value in (header.get("__metadata__") or {}).items()}
 
 
 def _told_config(inferred: NetConfig, told: str, path: Path) -> NetConfig:
@@ -190,7 +178,7 @@ def _told_config(inferred: NetConfig, told: str, path: Path) -> NetConfig:
     try:
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(told).items()}
         config = NetConfig(**fields)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header's network config is not valid: {error}") from error
     hidden = ("activation", "sigma")
     if {**asdict(config), **dict.fromkeys(hidden)} != {**asdict(inferred), **dict.fromkeys(hidden)}:
@@ -210,12 +198,18 @@ def _build(config: NetConfig, state: dict[str, Tensor], path: Path) -> Network:
     for name in sorted(expected.keys() & state.keys()):
         if expected[name] != tuple(state[name].shape):
             problems.append(f"{name} is {tuple(state[name].shape)}, expected {expected[name]}")
+        elif not _is_plain(state[name]):
+            problems.append(f"{name} is {state[name].dtype}, {state[name].layout}; expected dense floating point")
         elif not torch.isfinite(state[name]).all():
             problems.append(f"{name} holds non-finite numbers")
     if problems:
         raise CheckpointError(f"{path}: does not fit {config}: {'; '.join(problems[:8])}")
     network.load_state_dict({name: state[name].float() for name in expected}, strict=True, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _some(names: Any) -> str:

@@ -31,10 +31,13 @@ def poisson_gaussian_noise(image: Float32, shot: float, read: float, rng: Genera
 
 
 def motion_blur(image: Float32, length_px: float, angle_degrees: float) -> Float32:
-    """Average along a straight line of `length_px`, as a camera that moves at constant speed while it exposes."""
+    """Average along a straight line of `length_px`, as a camera that moves at constant speed while it exposes.
+
+    The line lies along the rows at 0 degrees and turns clockwise, as rows count downwards. The picture stays in place.
+    """
     radius = int(np.ceil(length_px / 2))
     steps = max(2, 8 * radius)
-    along = np.linspace(-length_px / 2, length_px / 2, steps)
+    along = ((np.arange(steps) + 0.5) / steps - 0.5) * length_px  # middles of equal parts: none counts for more
     angle = np.deg2rad(angle_degrees)
     kernel = np.zeros((2 * radius + 2, 2 * radius + 2))
     rows, columns = radius + along * np.sin(angle), radius + along * np.cos(angle)

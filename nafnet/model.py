@@ -11,7 +11,7 @@ which is what the layer norm and the 1x1 convolutions (nearly all the arithmetic
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,15 @@ class NetConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a shape that no network has."""
+        for dial, words in (("norm", Norm), ("activation", Activation), ("attention", Attention), ("sigma", Sigma)):
+            if getattr(self, dial) not in get_args(words):
+                raise ValueError(f"{dial} must be one of {', '.join(get_args(words))}, got {getattr(self, dial)!r}")
         if len(self.enc_blocks) != len(self.dec_blocks) or not self.enc_blocks:
             raise ValueError(f"as many encoder as decoder levels needed, got {self.enc_blocks} and {self.dec_blocks}")
+        if min(self.width, self.image_channels, self.dw_expand, self.ffn_expand) < 1:
+            raise ValueError("width, image_channels, dw_expand and ffn_expand must be at least 1")
+        if min(self.middle_blocks, *self.enc_blocks, *self.dec_blocks) < 0:
+            raise ValueError("a number of blocks cannot be negative")
         if self.activation == "gate" and (self.dw_expand * self.width % 2 or self.ffn_expand * self.width % 2):
             raise ValueError("a gate halves its channels: width times dw_expand and ffn_expand must be even")
         if self.sigma != "identity" and self.activation != "gate":

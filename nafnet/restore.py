@@ -168,7 +168,7 @@ class Restorer:
         return plan_tiles(height, width, tile_px=self.recipe.tile, halo_px=self.recipe.halo, stride=stride)
 
     def _restore(self, colour: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """(H, W, 1 or 3) float32 to the same, clamped to [0, 1]."""
+        """(H, W, 1 or 3) float32 to the same, not clamped."""
         channels = self.network.config.image_channels
         grey = colour.shape[-1] == 1 and channels == 3
         if grey:
@@ -179,11 +179,11 @@ class Restorer:
         restored = restore_tiles(colour, plan, self._run) if plan else self._run(colour)
         if grey:
             restored = restored.mean(axis=-1, keepdims=True)
-        return np.clip(restored, 0, 1)
+        return restored
 
     def _run(self, piece: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        # (1, H, W, C) memory seen as (1, C, H, W): channels-last without a copy.
-        tensor = torch.from_numpy(np.ascontiguousarray(piece))[None].permute(0, 3, 1, 2).to(self.device)
+        # (1, H, W, C) memory seen as (1, C, H, W): channels-last, copied only where torch cannot read it (read-only).
+        tensor = torch.from_numpy(np.require(piece, requirements=["C", "W"]))[None].permute(0, 3, 1, 2).to(self.device)
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=self.recipe.tf32):
             restored = self.network(tensor)[0].permute(1, 2, 0).float()
         return cast(npt.NDArray[np.float32], restored.cpu().numpy())

@@ -60,7 +60,9 @@ def plan_tiles(height: int, width: int, *, tile_px: int, halo_px: int, stride: i
     Raises:
         ValueError: tiles so small that halo and blending leave nothing of them.
     """
-    least = 2 * halo_px + BLEND_PX + stride
+    # A tile's two bands must not meet. The last tile may start as little as a stride after the one before it, which
+    # brings the bands together by half a step: hence two widths of a band and not one.
+    least = 2 * halo_px + BLEND_PX + max(2 * BLEND_PX, stride)
     if tile_px < least:
         raise ValueError(
             f"a tile of {tile_px} px with a halo of {halo_px} px keeps nothing: take {least} px or more, or less halo"

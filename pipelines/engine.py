@@ -18,9 +18,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -34,7 +35,16 @@ logger = logging.getLogger(__name__)
 _BLOCK_BYTES = 8 * 2**20  # of encoded images: enough work to hide a block's overhead of 20 to 30 ms
 _BLOCK_ROWS = 32
 _SCARCE = 0.5  # CPUs that reading and writing reserve, so that they are never fused into the actors
-_NO_PROGRESS_SECONDS = 600
+_WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where to run and what to ask for. `address` is "local", "auto" or host:port; no `actors` means as many as fit."""
+
+    address: str = "local"
+    actors: int | None = None
+    gpus_per_actor: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +127,31 @@ def _stderr_shut(shut: bool) -> Iterator[None]:
         os.close(nowhere)
 
 
-def run(pairs: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Table], None]) -> None:
+def run(
+    pairs: pa.Table, work: Work, placement: Placement, on_rows: Callable[[pa.Table], None], *, verbose: bool = False
+) -> dict[str, Any]:
     """Restore every pair (`MANIFEST_SCHEMA`) and hand each its row (`REPORT_SCHEMA`) to `on_rows`, as they come.
 
     Exactly one row comes back for every pair. Rows that a first pass lost, because a process died or a stage failed
     on something other than a bad image, are tried again one by one; what kills its process again ends as `crashed`.
+    Returns what cluster, pool and threads did it.
+
+    Raises:
+        ValueError: the placement asks for more than the cluster has.
     """
-    remaining = _pass(pairs, work, pool, _blocks(pairs), on_rows)
-    if not len(remaining):
-        return
-    logger.warning("%d images were lost with their process or to an error; trying each alone", len(remaining))
-    contained = replace(work, contained=True)
-    singles = [remaining.slice(i, 1) for i in range(len(remaining))]
-    remaining = _pass(remaining, contained, pool, singles, on_rows)
+    with connect(placement.address, verbose=verbose) as cluster:
+        pool, threads = cluster.pool(placement.actors, placement.gpus_per_actor)
+        work = replace(work, threads=threads)
+        remaining = _pass(pairs, work, pool, _blocks(pairs), on_rows)
+    if len(remaining):
+        logger.warning("%d images were lost with their process or to an error; trying each alone", len(remaining))
+        # As a new Ray job: an actor that was just being restarted outlives its pass and would hold the CPUs for ever.
+        with connect(placement.address, verbose=verbose):
+            singles = [remaining.slice(i, 1) for i in range(len(remaining))]
+            remaining = _pass(remaining, replace(work, contained=True), pool, singles, on_rows)
     if len(remaining):
         on_rows(_crashed(remaining, work))
+    return {**asdict(cluster), "pool": asdict(pool), "threads": threads}
 
 
 def _pass(
@@ -142,8 +162,7 @@ def _pass(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = -1  # a lost block is not a lost run: its keys come back in the second pass
-    context.wait_for_min_actors_s = _NO_PROGRESS_SECONDS
-    context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
+    context.wait_for_min_actors_s = _WAIT_FOR_ACTORS_SECONDS
     with warnings.catch_warnings():
         # max_restarts and max_task_retries go away in Ray 2.64, which is why it is pinned below: nothing replaces them.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")

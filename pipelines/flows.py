@@ -149,29 +149,26 @@ def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         return {}
     job = prepared.job
     verbose = logger.isEnabledFor(logging.DEBUG)
-    with engine.connect(job.ray_address, verbose=verbose) as cluster:
-        pool, threads = cluster.pool(job.actors, job.gpus_per_actor)
-        work = Work(
-            source=job.source,
-            reference=job.reference,
-            output=job.output,
-            weights=prepared.weights,
-            recipe=prepared.recipe,
-            protocol=prepared.protocol,
-            device="cuda" if job.gpus_per_actor else "cpu",
-            threads=threads,
-            max_pixels=int(job.max_megapixels * 1e6),
-        )
-        with PartWriter(Store(job.output)) as parts, Progress(len(plan.pairs)) as progress:
-            watch = _Watch(progress)
+    work = Work(
+        source=job.source,
+        reference=job.reference,
+        output=job.output,
+        weights=prepared.weights,
+        recipe=prepared.recipe,
+        protocol=prepared.protocol,
+        device="cuda" if job.gpus_per_actor else "cpu",
+        max_pixels=int(job.max_megapixels * 1e6),
+    )
+    placement = engine.Placement(job.ray_address, job.actors, job.gpus_per_actor)
+    with PartWriter(Store(job.output)) as parts, Progress(len(plan.pairs)) as progress:
+        watch = _Watch(progress)
 
-            def on_rows(rows: pa.Table) -> None:
-                parts.add(rows)
-                progress.add(Counter(rows["status"].to_pylist()))
-                watch.update()
+        def on_rows(rows: pa.Table) -> None:
+            parts.add(rows)
+            progress.add(Counter(rows["status"].to_pylist()))
+            watch.update()
 
-            engine.run(plan.pairs, work, pool, on_rows)
-        return {**asdict(cluster), "pool": asdict(pool), "threads": threads}
+        return engine.run(plan.pairs, work, placement, on_rows, verbose=verbose)
 
 
 @task(name="report", cache_policy=NO_CACHE)

@@ -11,7 +11,7 @@ IMAGE_GLOBS = ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.webp", "*.bmp")
 class RestoreJob(BaseModel):
     """One restoration job. Unknown names and impossible values are refused, all at once, before anything starts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     source: Annotated[
         str, Field(min_length=1, description="Folder or prefix of degraded images: a path or an fsspec URL")

@@ -70,8 +70,8 @@ class Work:
     recipe: Recipe
     protocol: str
     device: str
-    threads: int
     max_pixels: int
+    threads: int = 1
     contained: bool = False
 
     @property

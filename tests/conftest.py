@@ -1,0 +1,54 @@
+"""What the tests share: small networks in files, real photographs, and one Prefect server for the whole session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["DO_NOT_TRACK"] = "1"
+
+from nafnet.model import NetConfig, Network
+
+GOPRO_LIKE = NetConfig(width=8, enc_blocks=(1, 1, 1, 4), middle_blocks=1, dec_blocks=(1, 1, 1, 1))
+SIDD_LIKE = NetConfig(width=8, enc_blocks=(2, 2, 1, 1), middle_blocks=2, dec_blocks=(1, 1, 2, 2))
+
+
+def random_network(config: NetConfig, seed: int = 0) -> Network:
+    """A network whose every parameter is random, so that no branch is switched off by a zero."""
+    torch.manual_seed(seed)
+    network = Network(config)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("beta", "gamma")):
+            torch.nn.init.uniform_(parameter, -0.2, 0.2)
+    torch.nn.init.normal_(network.ending.weight, std=0.002)  # restored images stay close to the degraded ones
+    return network.eval()
+
+
+def save_published(path: Path, network: Network) -> Path:
+    """Write the network as the authors publish theirs: a .pth with the tensors under "params"."""
+    torch.save({"params": network.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small NAFNet of the GoPro layout in the published format."""
+    return save_published(tmp_path_factory.mktemp("weights") / "small.pth", random_network(GOPRO_LIKE))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """Prefect's own harness: a real server on a database of its own."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=90):
+        yield

@@ -1,0 +1,370 @@
+"""The contract of one image in, one image out, for every kind of image and recipe."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from nafnet import catalog, checkpoint, metrics, restore
+from nafnet.checkpoint import CheckpointError
+from nafnet.degrade import gaussian_noise, scene
+from nafnet.model import NetConfig, Network
+from nafnet.restore import Recipe, Restorer, memory_bytes, to_float
+from tests.nafnet import reference
+
+SMALL = NetConfig(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
+SHAPES = [(19, 26), (19, 26, 1), (19, 26, 2), (19, 26, 3), (19, 26, 4)]
+KINDS = ["uint8", "uint16", "float32"]
+RECIPE = Recipe(weights="a" * 64, train_size=32)
+
+
+def network_of(config=SMALL):
+    """Random, but what it adds is mild enough that few values are clipped."""
+    network = reference.randomize(Network(config))
+    with torch.no_grad():
+        network.ending.weight *= 0.2
+        network.ending.bias *= 0.2
+    return network
+
+
+def restorer_of(recipe=RECIPE, config=SMALL):
+    return Restorer(network_of(config), recipe)
+
+
+def image_of(shape, kind, seed=0):
+    rng = np.random.default_rng(seed)
+    if kind == "float32":
+        return rng.random(shape, np.float32)
+    return rng.integers(0, np.iinfo(kind).max, shape, kind, endpoint=True)
+
+
+def expected(image, train_size=32):
+    """What the reference network makes of the colours of an image (H, W, C), as float32 not yet stored."""
+    top = 1 if image.dtype == np.float32 else np.iinfo(image.dtype).max
+    colour = torch.from_numpy(image.astype(np.float32) / np.float32(top)).permute(2, 0, 1)[None].expand(1, 3, -1, -1)
+    with torch.no_grad():
+        return reference.network(network_of().state_dict(), colour, train_size=train_size)[0].permute(1, 2, 0).numpy()
+
+
+def mild_scene(seed, size_px):
+    """A scene as float32 in [0.3, 0.7], so that clipping hides no difference."""
+    return 0.3 + scene(seed, size_px).astype(np.float32) * np.float32(0.4 / 255)
+
+
+def agreement(a, b):
+    """In dB of full range, of float images."""
+    mse = np.square(a.astype(np.float64) - b).mean()
+    return math.inf if mse == 0 else -10 * math.log10(mse)
+
+
+# One image
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_kind_of_image(shape, kind):
+    image = image_of(shape, kind)
+    before = image.copy()
+    restored = restorer_of()(image)
+    assert restored.shape == shape
+    assert restored.dtype == kind
+    np.testing.assert_array_equal(image, before)
+    assert not np.shares_memory(restored, image)
+
+    pixels, out = image.reshape(19, 26, -1), restored.reshape(19, 26, -1)
+    colours = {1: 1, 2: 1, 3: 3, 4: 3}[pixels.shape[-1]]
+    values = expected(pixels[..., :colours])
+    if colours == 1:
+        values = values.mean(-1, keepdims=True)
+    values = values.clip(0, 1)
+    if kind == "float32":
+        np.testing.assert_allclose(out[..., :colours], values, atol=1e-5)
+    else:
+        full = np.iinfo(kind).max
+        np.testing.assert_allclose(out[..., :colours], values * full, atol=0.5 + 1e-5 * full)
+    np.testing.assert_array_equal(out[..., colours:], pixels[..., colours:])  # alpha
+    assert np.abs(out[..., :colours] - pixels[..., :colours].astype(float)).max() > 0.1 * to_range(kind)
+
+
+def to_range(kind):
+    return 1 if kind == "float32" else np.iinfo(kind).max
+
+
+def test_grey_is_the_mean_of_three_equal_channels():
+    restorer = restorer_of()
+    grey = image_of((12, 15), "float32")
+    rgb = restorer._restore(np.repeat(grey[..., None], 3, axis=-1))
+    np.testing.assert_allclose(restorer(grey), rgb.mean(-1).clip(0, 1), atol=1e-6)
+    np.testing.assert_array_equal(restorer(grey[..., None])[..., 0], restorer(grey))
+
+
+def test_alpha_changes_nothing():
+    restorer = restorer_of()
+    rgba = image_of((12, 15, 4), "uint8")
+    np.testing.assert_array_equal(restorer(rgba)[..., :3], restorer(rgba[..., :3]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_that_adds_nothing_returns_every_value(kind):
+    network = network_of()
+    torch.nn.init.zeros_(network.ending.weight)
+    torch.nn.init.zeros_(network.ending.bias)
+    every = np.arange(65536 if kind == "uint16" else 256).reshape(-1, 256)
+    image = every.astype(kind) if kind != "float32" else (every / 255).astype(np.float32)
+    for precision in ("float32", "bf16"):
+        restorer = Restorer(network, replace(RECIPE, precision=precision))
+        if kind == "float32":
+            np.testing.assert_allclose(restorer(image), image, atol=1e-7)
+        else:
+            np.testing.assert_array_equal(restorer(image), image)
+
+
+def test_results_are_clipped_and_rounded():
+    network = network_of()
+    torch.nn.init.zeros_(network.ending.weight)
+    image = np.array([[0, 10, 11, 250, 255]], np.uint8)
+    for bias, result in [(0.4, [0, 10, 11, 250, 255]), (19.6, [20, 30, 31, 255, 255]), (-10.4, [0, 0, 1, 240, 245])]:
+        torch.nn.init.constant_(network.ending.bias, bias / 255)
+        assert Restorer(network, RECIPE)(image).tolist() == [result]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_read_only_and_strided_images(kind, recwarn):
+    restorer = restorer_of()
+    image = image_of((20, 24, 3), kind)
+    locked = image.copy()
+    locked.setflags(write=False)
+    np.testing.assert_array_equal(restorer(locked), restorer(image))
+    mirrored = image[::-1, ::-2]
+    np.testing.assert_array_equal(restorer(mirrored), restorer(mirrored.copy()))
+    assert not recwarn.list
+
+
+def test_a_restorer_does_not_change_with_use():
+    restorer = restorer_of()
+    first, other = image_of((30, 22, 3), "uint8"), image_of((9, 80), "uint16", seed=1)
+    alone = restorer(first)
+    restorer(other)
+    np.testing.assert_array_equal(restorer(first), alone)
+
+
+def test_grey_networks_take_grey():
+    restorer = restorer_of(config=replace(SMALL, image_channels=1))
+    assert restorer(image_of((9, 11), "uint8")).shape == (9, 11)
+    with pytest.raises(ValueError, match="the network takes 1 channels, the image has 3"):
+        restorer(image_of((9, 11, 3), "uint8"))
+
+
+BAD_IMAGES = {
+    "above one": (np.full((4, 4, 3), 1.0001, np.float32), r"float images must lie in \[0, 1\], got \[1.0001, 1.0001\]"),
+    "below zero": (np.full((4, 4), -1e-3, np.float32), r"must lie in \[0, 1\]"),
+    "8-bit range": (np.full((4, 4), 200, np.float32), "divide by their range first"),
+    "NaN": (np.array([[0.5, np.nan]], np.float32), r"must lie in \[0, 1\], got \[nan, nan\]"),
+    "infinite": (np.array([[0.5, np.inf]], np.float32), r"must lie in \[0, 1\]"),
+    "double": (np.zeros((4, 4)), "must be uint8, uint16 or float32, got float64"),
+    "signed": (np.zeros((4, 4), np.int16), "got int16"),
+    "boolean": (np.zeros((4, 4), bool), "got bool"),
+    "half": (np.zeros((4, 4), np.float16), "got float16"),
+    "big-endian": (np.zeros((4, 4), ">u2"), "got >u2"),
+    "a line": (np.zeros(4, np.uint8), r"got \(4,\)"),
+    "a batch": (np.zeros((1, 4, 4, 3), np.uint8), r"got \(1, 4, 4, 3\)"),
+    "five channels": (np.zeros((4, 4, 5), np.uint8), r"got \(4, 4, 5\)"),
+    "channels first": (np.zeros((3, 4, 7), np.uint8), r"got \(3, 4, 7\)"),
+    "no rows": (np.zeros((0, 4, 3), np.uint8), r"not empty, got \(0, 4, 3\)"),
+    "no channels": (np.zeros((4, 4, 0), np.uint8), r"got \(4, 4, 0\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_what_is_no_image_is_refused(case):
+    image, words = BAD_IMAGES[case]
+    with pytest.raises(ValueError, match=words):
+        restorer_of()(image)
+
+
+@pytest.mark.parametrize("value", [1e6, math.nan])
+def test_an_overflow_is_an_error_and_not_a_white_image(value):
+    network = network_of()
+    torch.nn.init.constant_(network.ending.bias, value)
+    with pytest.raises(ValueError, match="are NaN or infinite; check the model's precision"):
+        Restorer(network, replace(RECIPE, precision="float16"))(image_of((8, 8, 3), "uint8"))
+
+
+# Recipes
+
+
+def test_equal_recipes_hash_alike_and_every_field_counts():
+    recipe = Recipe(weights="a" * 64, tile=512, halo=192)
+    assert Recipe(weights="a" * 64, tile=512, halo=192).hash == recipe.hash
+    assert len(recipe.hash) == 16
+    int(recipe.hash, 16)
+    others = [
+        replace(recipe, weights="b" * 64),
+        replace(recipe, tlc=False),
+        replace(recipe, train_size=128),
+        replace(recipe, precision="bf16"),
+        replace(recipe, precision="float16"),
+        replace(recipe, tile=640),
+        replace(recipe, tile=None),
+        replace(recipe, halo=128),
+        replace(recipe, tf32=True),
+    ]
+    assert set(asdict(recipe)) == {"weights", "tlc", "train_size", "precision", "tile", "halo", "tf32"}
+    assert len({recipe.hash, *(other.hash for other in others)}) == 10
+
+
+def test_a_hash_can_be_made_again_elsewhere():
+    content = {
+        "halo": 0,
+        "precision": "float32",
+        "revision": restore._PIXELS_REVISION,
+        "tf32": False,
+        "tile": None,
+        "tlc": True,
+        "train_size": 256,
+        "weights": "w",
+    }
+    assert Recipe(weights="w").hash == hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def test_what_has_no_effect_is_dropped():
+    assert Recipe("w", tlc=False, train_size=96) == Recipe("w", tlc=False, train_size=None)
+    assert Recipe("w", tlc=False, train_size=96).hash == Recipe("w", tlc=False).hash
+    assert Recipe("w", tile=None, halo=64) == Recipe("w", tile=None, halo=192)
+    assert Recipe("w", tile=None, halo=64).hash == Recipe("w").hash
+    assert Recipe("w", tile=512, halo=64).hash != Recipe("w", tile=512).hash
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"precision": "fp8"}, "precision must be one of float32, bf16, float16, got 'fp8'"),
+        ({"train_size": None}, "train_size is None"),
+        ({"train_size": 0}, "train_size is 0"),
+        ({"tile": 512, "halo": -1}, "halo is a number of px, got -1"),
+    ],
+)
+def test_impossible_recipes_say_why(fields, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(weights="w", **fields)
+
+
+# Tiles
+
+
+def test_a_tile_within_the_window_is_refused():
+    """Crops of 32 px give a window of 48, and a last tile may be 4 px (the stride) short of the others."""
+    assert restorer_of(replace(RECIPE, tile=52, halo=0)).tiles(52, 53) == 2
+    with pytest.raises(ValueError, match="tile 51 px must exceed the TLC window of 48 px by 4 px"):
+        restorer_of(replace(RECIPE, tile=51, halo=0))
+    assert restorer_of(Recipe("w", tlc=False, tile=48, halo=0)).tiles(50, 50) == 4
+    with pytest.raises(ValueError, match="a tile of 200 px with a halo of 192 px keeps nothing"):
+        restorer_of(replace(RECIPE, tile=200, halo=192))
+
+
+def test_images_no_larger_than_a_tile_go_through_at_once():
+    restorer = restorer_of(replace(RECIPE, tile=64, halo=0))
+    assert (restorer.tiles(64, 64), restorer.tiles(64, 65), restorer.tiles(65, 65)) == (1, 2, 4)
+    assert restorer_of().tiles(5000, 7000) == 1
+    image = image_of((64, 50, 3), "uint8")
+    np.testing.assert_array_equal(restorer(image), restorer_of()(image))
+
+
+def test_tiles_with_tlc_agree_with_the_whole_image():
+    """Measured: 152 dB with a halo of 96 px, 80 dB with 24. Without TLC a tile's mean is not the image's: 70 dB."""
+    image = mild_scene(3, 440)[:301, :413]
+    whole = restorer_of()(image)
+    assert 0 < whole.min() < whole.max() < 1
+    wide = restorer_of(replace(RECIPE, tile=256, halo=96))
+    assert wide.tiles(301, 413) == 10
+    assert agreement(wide(image), whole) > 120
+    narrow = restorer_of(replace(RECIPE, tile=128, halo=24))(image)
+    assert 60 < agreement(narrow, whole) < 100
+    without = Recipe("w", tlc=False)
+    assert agreement(restorer_of(replace(without, tile=256, halo=96))(image), restorer_of(without)(image)) < 80
+
+
+def test_tiles_of_integers_round_once():
+    image = scene(4, 200)
+    whole, tiled = restorer_of()(image), restorer_of(replace(RECIPE, tile=150, halo=48))(image)
+    assert np.abs(whole.astype(int) - tiled).max() <= 1
+    assert (whole != tiled).mean() < 1e-3
+
+
+@pytest.mark.parametrize(("precision", "decibels"), [("bf16", 40), ("float16", 60)])
+def test_low_precision_stays_close(precision, decibels):
+    image = mild_scene(5, 128)
+    close = restorer_of(replace(RECIPE, precision=precision))(image)
+    assert decibels < agreement(close, restorer_of()(image)) < 100
+
+
+# Loading
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file as `nafnet train` writes it, for crops of 32 px."""
+    checkpoint.save(tmp_path / "net.safetensors", network_of(), {"train_size": "32"})
+    return tmp_path / "net.safetensors"
+
+
+def test_load_reads_the_crop_off_the_file(weights):
+    restorer = Restorer.load(weights)
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert restorer.recipe == Recipe(weights=sha256, tlc=True, train_size=32)
+    image = image_of((70, 60, 3), "uint8")
+    np.testing.assert_array_equal(restorer(image), restorer_of()(image))
+    np.testing.assert_array_equal(Restorer.load(str(weights))(image), restorer(image))
+
+
+def test_load_takes_the_fields_of_a_recipe(weights):
+    sha256 = checkpoint.load(weights).sha256
+    loaded = Restorer.load(weights, tlc=True, train_size=64, precision="bf16", tile=256, halo=64, tf32=True)
+    assert loaded.recipe == Recipe(sha256, True, 64, "bf16", 256, 64, True)
+    assert Restorer.load(weights, tlc=False).recipe == Recipe(sha256, tlc=False)
+    image = image_of((70, 60, 3), "float32")
+    without = expected(image, train_size=None).clip(0, 1)
+    np.testing.assert_allclose(Restorer.load(weights, tlc=False)(image), without, atol=1e-5)
+
+
+def test_load_of_a_published_file(tmp_path, monkeypatch):
+    path = tmp_path / "renamed.pth"
+    torch.save({"params": network_of().state_dict()}, path)
+    sha256 = checkpoint.load(path).sha256
+    assert Restorer.load(path).recipe == Recipe(sha256, tlc=True, train_size=256)  # unknown: as published for GoPro
+    row = catalog.CatalogEntry("known", "known.pth", SMALL, tlc=False, protocol="sidd", sha256=sha256, train_size=128)
+    monkeypatch.setattr(catalog, "_ROWS", (row,))
+    assert Restorer.load(path).recipe == Recipe(sha256, tlc=False)  # known by its content, whatever its name
+    assert Restorer.load(path, tlc=True).recipe == Recipe(sha256, tlc=True, train_size=128)
+
+
+def test_load_says_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Restorer.load("NAFNet-GoPro-width32")  # known, but not in the package: it has to be fetched first
+    (tmp_path / "net.pth").write_text("no network")
+    with pytest.raises(CheckpointError, match=r"net\.pth"):
+        Restorer.load(tmp_path / "net.pth")
+
+
+def test_the_bundled_network_removes_noise():
+    restorer = Restorer.load("demo")
+    assert restorer.recipe.tlc
+    assert restorer.recipe.train_size == catalog.CATALOG["demo"].train_size
+    clean = scene(10**8, 160)
+    noisy = metrics.quantize(gaussian_noise(to_float(clean), 25 / 255, np.random.default_rng(0)), np.uint8)
+    before = metrics.psnr(noisy, clean, data_range=255)
+    assert before == pytest.approx(20.5, abs=0.7)
+    assert metrics.psnr(restorer(noisy), clean, data_range=255) > before + 5
+
+
+def test_memory_grows_with_pixels_and_precision():
+    wide = NetConfig(width=32)
+    photo = memory_bytes(wide, 1280 * 720)
+    assert 1e9 < photo < 2e9
+    per_pixel = (memory_bytes(wide, 2 * 1280 * 720) - photo) / (1280 * 720)
+    assert per_pixel == 7 * 32 * 4
+    assert memory_bytes(wide, 1280 * 720, precision="bf16") < photo

@@ -1,0 +1,94 @@
+"""A real local Ray: what happens when processes die, and that no row is lost."""
+
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from ray import cloudpickle
+
+from nafnet.images import Picture, encode
+from nafnet.restore import Restorer
+from pipelines import engine
+from pipelines.engine import Cluster, Placement, Pool
+from pipelines.manifest import plan
+from pipelines.settings import RestoreJob
+from pipelines.stages import RestoreActor, Work
+
+
+class PoisonedActor(RestoreActor):
+    """Dies on one key, as native code does that meets a bad image, and fails on another, as a bug would."""
+
+    def _restore_one(self, row: dict[str, object]) -> dict[str, object]:
+        if "poison" in str(row["key"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "bug" in str(row["key"]) and not self.work.contained:
+            raise RuntimeError("met a bug")
+        return super()._restore_one(row)
+
+
+def test_what_kills_its_process_is_found_and_the_rest_is_restored(
+    tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{i:02d}.png" for i in range(10)] + ["poison.png", "with a bug.png"]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
+    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    recipe = Restorer.load(checkpoint_file).recipe
+    work = Work(
+        source=job.source,
+        reference=None,
+        output=job.output,
+        weights=str(checkpoint_file),
+        recipe=recipe,
+        protocol="stored",
+        device="cpu",
+        max_pixels=10**6,
+    )
+    monkeypatch.setattr(engine, "RestoreActor", PoisonedActor)
+    monkeypatch.setattr(engine, "_BLOCK_ROWS", 4)  # the poison has innocent neighbours
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
+    got: list[pa.Table] = []
+    done_by = engine.run(plan(job, recipe.hash, "stored").pairs, work, Placement(), got.append)
+    assert done_by["nodes"] == 1
+    rows = pa.concat_tables(got)
+    assert Counter(rows["key"].to_pylist()) == Counter(names)  # each exactly once
+    ends = dict(zip(rows["key"].to_pylist(), rows["status"].to_pylist(), strict=True))
+    assert ends == {**dict.fromkeys(names, "restored"), "poison.png": "crashed"}
+    (reason,) = (row["reason"] for row in rows.to_pylist() if row["key"] == "poison.png")
+    assert "the process died each time it held this image" in reason
+
+
+def test_blocks_are_balanced_by_bytes_and_bounded_in_rows() -> None:
+    sizes = [5_000_000, 5_000_000, 9_000_000, *[1000] * 70]
+    blocks = engine._blocks(pa.table({"key": [str(i) for i in range(len(sizes))], "size": sizes}))
+    assert [len(block) for block in blocks] == [1, 1, 1, 32, 32, 6]
+    assert sum((block["key"].to_pylist() for block in blocks), []) == [str(i) for i in range(len(sizes))]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "actors", "gpus_per_actor", "expected"),
+    [
+        (2, 0, None, 0, (Pool(1, 1, 0), 2)),
+        (16, 0, None, 0, (Pool(4, 3, 0), 4)),
+        (16, 0, 2, 0, (Pool(2, 7, 0), 8)),
+        (8, 4, None, 0.5, (Pool(8, 1, 0.5), 1)),
+        (8, 4, 2, 1, (Pool(2, 1, 1), 1)),
+    ],
+)
+def test_the_pool_fits_the_cluster(
+    cpus: int, gpus: float, actors: int | None, gpus_per_actor: float, expected: tuple[Pool, int]
+) -> None:
+    assert Cluster(cpus, gpus, 1, "").pool(actors, gpus_per_actor) == expected
+
+
+def test_a_pool_that_would_wait_for_ever_is_refused() -> None:
+    with pytest.raises(ValueError, match="the cluster has 0 GPUs"):
+        Cluster(4, 0, 1, "").pool(None, 1)
+    with pytest.raises(ValueError, match="at most 3"):
+        Cluster(4, 0, 1, "").pool(4, 0)

@@ -1,0 +1,164 @@
+"""The whole path on a real local Ray and a real Prefect server: bad images among good ones, resuming, S3."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prefect import get_client
+from prefect.client.schemas import State
+
+from nafnet.images import Picture, decode, encode
+from nafnet.model import NetConfig
+from nafnet.restore import Restorer
+from pipelines import flows
+from pipelines.report import read_rows
+from pipelines.storage import Store
+from tests.conftest import GOPRO_LIKE, SIDD_LIKE, random_network, save_published
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def restore(**parameters: Any) -> State[Any]:
+    return flows.restore(**parameters, return_state=True)
+
+
+def rows_of(output: Path) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in read_rows(Store(str(output))).to_pylist()}
+
+
+def png(rng: np.random.Generator, height: int = 48, width: int = 64) -> bytes:
+    return encode(Picture(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), "PNG"))
+
+
+def test_bad_images_among_good_ones_then_resume(
+    tmp_path: Path, rng: np.random.Generator, checkpoint_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    degraded, reference, output = tmp_path / "in", tmp_path / "ref", tmp_path / "out"
+    good = {f"seq/{i}.png": png(rng) for i in range(4)} | {"other/photo one.png": png(rng, 37, 91)}
+    whole = png(rng)
+    bad = {
+        "corrupt.png": whole[:60] + bytes(100) + whole[160:],
+        "cut.png": whole[: len(whole) // 2],
+        "text.png": b"this is not a picture",
+        "empty.png": b"",
+        "other size.png": png(rng, 48, 48),
+        "no reference.png": whole,
+    }
+    for key, data in {**good, **bad}.items():
+        for folder in (degraded, reference):
+            path = folder / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data if folder == degraded or key in good else whole)
+    (reference / "no reference.png").unlink()
+    job = {"source": str(degraded), "output": str(output), "reference": str(reference)}
+    job |= {"checkpoint": str(checkpoint_file)}
+
+    state = restore(**job)
+    assert state.is_failed()
+    assert state.name == flows.INCOMPLETE
+    counts = {"restored": 5, "unreadable": 4, "missing": 1, "mismatched": 1}
+    assert state.message == (
+        "11 images: 5 restored, 4 unreadable, 1 missing, 1 mismatched (tolerated: 0 not restored)"
+    )
+    rows = rows_of(output)
+    assert set(rows) == {*good, *bad}
+    assert Counter(row["status"] for row in rows.values()) == counts
+    assert all(row["reason"] for row in rows.values() if row["status"] != "restored")
+    written = {str(p.relative_to(output / "images")) for p in (output / "images").rglob("*") if p.is_file()}
+    assert written == set(good)
+    summary = json.loads((output / "summary.json").read_text())
+    assert {k: v for k, v in summary["counts"].items() if v} == counts
+    run = json.loads((output / "run.json").read_text())
+    assert run["recipe"]["hash"] == rows["seq/0.png"]["recipe"]
+    assert run["plan"] == {"matched": 11, "restored_now": 10, "finished_before": 0}
+    page = (output / "report.html").read_text()
+    assert "no reference.png" in page
+    assert "5 restored" in page
+
+    before = {path: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")}
+    with caplog.at_level("INFO"):
+        assert restore(**job, max_failed=6).is_completed()
+    assert "nothing to do: every image is finished" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(rows_of(output)) == 11
+
+    (reference / "no reference.png").write_bytes(whole)
+    (degraded / "cut.png").write_bytes(whole)
+    (degraded / "seq" / "new.png").write_bytes(whole)
+    (reference / "seq" / "new.png").write_bytes(whole)
+    restore(**job)
+    again = rows_of(output)
+    changed = {key for key in again if again[key]["finished_at"] != rows.get(key, {}).get("finished_at")}
+    assert changed == {"no reference.png", "cut.png", "seq/new.png"}
+    assert {again[key]["status"] for key in changed} == {"restored"}
+
+
+@pytest.mark.parametrize(
+    ("config", "tlc", "sizes"),
+    [
+        (GOPRO_LIKE, True, [(97, 131), (720, 1280)]),
+        (SIDD_LIKE, False, [(131, 97), (256, 256)]),
+        (replace(GOPRO_LIKE, activation="gelu", attention="ca", dw_expand=1), False, [(97, 131)]),
+        (replace(SIDD_LIKE, activation="gelu", attention="ca"), True, [(400, 500)]),
+    ],
+    ids=["NAFNet-GoPro", "NAFNet-SIDD", "Baseline-GoPro", "Baseline-SIDD"],
+)
+def test_checkpoints_in_the_published_format(
+    tmp_path: Path, rng: np.random.Generator, config: NetConfig, tlc: bool, sizes: list[tuple[int, int]]
+) -> None:
+    weights = save_published(tmp_path / "net.pth", random_network(config))
+    (tmp_path / "in").mkdir()
+    for height, width in sizes:
+        (tmp_path / "in" / f"{height}x{width}.png").write_bytes(png(rng, height, width))
+    state = restore(source=str(tmp_path / "in"), output=str(tmp_path / "out"), checkpoint=str(weights), tlc=tlc)
+    assert state.is_completed(), state.message
+    assert len(rows_of(tmp_path / "out")) == len(sizes)
+    restorer = Restorer.load(weights, tlc=tlc)
+    for height, width in sizes:
+        name = f"{height}x{width}.png"
+        alone = restorer(decode((tmp_path / "in" / name).read_bytes()).pixels).astype(int)
+        written = decode((tmp_path / "out" / "images" / name).read_bytes()).pixels.astype(int)
+        assert np.abs(written - alone).max() <= 1  # another number of threads may round the other way
+        assert np.mean(written != alone) < 1e-3
+
+
+def test_from_bucket_to_bucket(s3_url: str, rng: np.random.Generator, checkpoint_file: Path) -> None:
+    source, reference = Store(f"{s3_url}/in"), Store(f"{s3_url}/ref")
+    keys = ["a/1.png", "a/2.png", "b c/ü#1.png"]
+    for key in keys:
+        source.write(key, png(rng))
+        reference.write(key, png(rng))
+    output = f"{s3_url}/out"
+    job = {"source": source.url(), "output": output, "reference": reference.url()}
+    state = restore(**job, checkpoint=str(checkpoint_file))
+    assert state.is_completed(), state.message
+    rows = read_rows(Store(output))
+    assert rows["key"].to_pylist() == keys
+    assert rows["status"].to_pylist() == ["restored"] * 3
+    assert all(Store(output).exists(f"images/{key}") for key in keys)
+    kept = [Store(output).read(name) for name in ("run.json", "report.html", "summary.json")]
+    secrets = [os.environ["AWS_SECRET_ACCESS_KEY"].encode(), os.environ["AWS_ACCESS_KEY_ID"].encode()]
+    assert not any(secret in content for secret in secrets for content in kept)
+
+
+def test_a_run_shows_its_summary_as_artifacts(tmp_path: Path, rng: np.random.Generator, checkpoint_file: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(png(rng))
+    restore(source=str(tmp_path / "in"), output=str(tmp_path / "out"), checkpoint=str(checkpoint_file))
+    with get_client(sync_client=True) as client:
+        artifacts = client.read_artifacts()
+    by_key = {artifact.key: artifact for artifact in artifacts}
+    assert {"summary", "counts", "sheet", "progress", "report"} <= set(by_key)
+    assert by_key["progress"].data == 100.0
+
+
+def test_a_place_that_is_not_there_ends_the_run_with_words(tmp_path: Path) -> None:
+    state = restore(source=str(tmp_path / "nowhere"), output=str(tmp_path / "out"))
+    assert state.is_failed()
+    assert f"nothing at {tmp_path}/nowhere" in str(state.message)
+    assert not (tmp_path / "out").exists()

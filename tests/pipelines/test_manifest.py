@@ -1,0 +1,105 @@
+"""Listing, pairing, and leaving out what is finished."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines.manifest import plan, write_parts
+from pipelines.parts import PartWriter
+from pipelines.records import REPORT_SCHEMA
+from pipelines.settings import RestoreJob
+from pipelines.storage import StorageError, Store
+
+
+def make(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 10)
+    return folder
+
+
+def job(tmp_path: Path, **settings: object) -> RestoreJob:
+    values = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), **settings}
+    return RestoreJob.model_validate(values)
+
+
+def report_rows(rows: pa.Table, status: str, recipe: str) -> pa.Table:
+    made = [
+        {**row, "status": status, "recipe": recipe, "finished_at": datetime.now(UTC), "protocol": None}
+        for row in rows.to_pylist()
+    ]
+    return pa.Table.from_pylist([{k: row.get(k) for k in REPORT_SCHEMA.names} for row in made], schema=REPORT_SCHEMA)
+
+
+def test_globs_choose_whatever_their_case_and_limit_counts_what_they_chose(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.PNG", "b/c.jpeg", "b/skip/d.png", "notes.txt", "e.tif")
+    todo = plan(job(tmp_path, exclude=("b/skip/*",)), "r", "stored")
+    assert todo.pairs["key"].to_pylist() == ["a.PNG", "b/c.jpeg", "e.tif"]
+    assert todo.pairs["output"].to_pylist()[1] == f"{tmp_path}/out/images/b/c.jpeg"
+    assert plan(job(tmp_path, limit=2), "r", "stored").pairs["key"].to_pylist() == ["a.PNG", "b/c.jpeg"]
+
+
+def test_nothing_that_matches_is_an_error_that_says_where_it_looked(tmp_path: Path) -> None:
+    make(tmp_path / "in", "notes.txt")
+    with pytest.raises(StorageError, match=rf"no file below {tmp_path}/in matches \*\.png.*check the folder"):
+        plan(job(tmp_path), "r", "stored")
+
+
+def test_an_image_without_reference_has_its_row_at_once(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.png", "b.png")
+    make(tmp_path / "ref", "a.tif", "c.png")
+    todo = plan(job(tmp_path, reference=str(tmp_path / "ref")), "r", "stored")
+    assert todo.pairs["reference"].to_pylist() == [f"{tmp_path}/ref/a.tif"]
+    (row,) = todo.decided.to_pylist()
+    assert (row["key"], row["status"]) == ("b.png", "missing")
+    assert "looked for b.png" in row["reason"]
+    assert todo.matched == len(todo.pairs) + len(todo.decided)
+
+
+def test_a_name_that_no_output_can_have_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a\\b.png", "c.png")
+    todo = plan(job(tmp_path), "r", "stored")
+    assert todo.pairs["key"].to_pylist() == ["c.png"]
+    assert todo.decided["status"].to_pylist() == ["refused"]
+
+
+def test_what_is_finished_is_left_out_until_it_changes(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.png", "b.png")
+    first = plan(job(tmp_path), "r", "stored")
+    writer = PartWriter(Store(str(tmp_path / "out")))
+    writer.write(report_rows(first.pairs.slice(0, 1), "restored", "r"))
+    writer.write(report_rows(first.pairs.slice(1, 1), "unreadable", "r"))
+
+    again = plan(job(tmp_path), "r", "stored")
+    assert (len(again.pairs), again.finished, again.matched) == (0, 2, 2)
+    assert plan(job(tmp_path, retry_failed=True), "r", "stored").pairs["key"].to_pylist() == ["b.png"]
+    assert len(plan(job(tmp_path), "another recipe", "stored").pairs) == 2
+
+    (tmp_path / "in" / "a.png").write_bytes(b"changed")
+    make(tmp_path / "in", "new.png")
+    assert plan(job(tmp_path), "r", "stored").pairs["key"].to_pylist() == ["a.png", "new.png"]
+
+
+def test_a_reference_that_comes_or_changes_makes_its_image_be_done_again(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.png")
+    make(tmp_path / "ref", "a.png")
+    writer = PartWriter(Store(str(tmp_path / "out")))
+    writer.write(report_rows(plan(job(tmp_path), "r", "stored").pairs, "restored", "r"))
+    scored = job(tmp_path, reference=str(tmp_path / "ref"))
+    todo = plan(scored, "r", "stored")
+    assert len(todo.pairs) == 1
+    writer.write(report_rows(todo.pairs, "restored", "r"))
+    assert len(plan(scored, "r", "stored").pairs) == 0
+    (tmp_path / "ref" / "a.png").write_bytes(b"sharper")
+    assert len(plan(scored, "r", "stored").pairs) == 1
+
+
+def test_parts_hold_all_pairs(tmp_path: Path) -> None:
+    make(tmp_path / "in", *(f"{i}.png" for i in range(5)))
+    todo = plan(job(tmp_path), "r", "stored")
+    write_parts(todo, Store(str(tmp_path / "out")))
+    (part,) = (tmp_path / "out" / "manifest").iterdir()
+    assert pa.parquet.read_table(part).equals(todo.pairs)

@@ -1,0 +1,53 @@
+"""What a person may set, and what is refused before anything starts."""
+
+import pytest
+from pydantic import ValidationError
+
+from pipelines.settings import RestoreJob
+
+
+def test_defaults_are_a_whole_job() -> None:
+    job = RestoreJob(source="/data/in", output="/data/out")
+    assert job.checkpoint == "demo"
+    assert job.precision == "float32"
+    assert job.include == ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.webp", "*.bmp")
+
+
+def test_all_bad_parameters_are_named_at_once() -> None:
+    with pytest.raises(ValidationError) as caught:
+        RestoreJob.model_validate(
+            {"source": "/in", "output": "/out", "tile": 3, "actors": 0, "precision": "fp8", "colour": "red"}
+        )
+    assert {error["loc"][0] for error in caught.value.errors()} == {"tile", "actors", "precision", "colour"}
+
+
+def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.chdir(str(tmp_path))
+    job = RestoreJob(source="photos/", output="s3://bucket/out/")
+    assert job.source == f"{tmp_path}/photos"
+    assert job.output == "s3://bucket/out"
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "reference", "words"),
+    [
+        ("/a", "/a/out", None, "output /a/out lies inside source /a"),
+        ("/a/in", "/a", None, "source /a/in lies inside output /a"),
+        ("/a", "/a", None, "lies inside"),
+        ("/a", "/b/out", "/b", "output /b/out lies inside reference /b"),
+        ("/a", "/b", "/a", "the same place"),
+    ],
+)
+def test_places_must_not_overlap(source: str, output: str, reference: str | None, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        RestoreJob(source=source, output=output, reference=reference)
+
+
+def test_a_folder_whose_name_only_begins_alike_is_another_place() -> None:
+    assert RestoreJob(source="/a/in", output="/a/in-restored").output == "/a/in-restored"
+
+
+def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
+    with pytest.raises(ValidationError, match="never into a URL") as caught:
+        RestoreJob(source="s3://key:hunter2@bucket/in", output="/out")
+    assert "hunter2" not in str(caught.value)
