@@ -251,7 +251,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in {"nafnet", "pipelines"}:
             raise
-        _fail(f"this command needs {error.name}: pip install 'nafnet-pipelines[pipelines]'")
+        extra = "demo" if error.name.startswith("skimage") else "pipelines"
+        print(f"nafnet: this command needs {error.name}: pip install 'nafnet-pipelines[{extra}]'", file=sys.stderr)
+        sys.exit(2)
 
 
 def parameters_text(config: NetConfig) -> str:

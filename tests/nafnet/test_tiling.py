@@ -1,5 +1,7 @@
 """Tile plans as integers, for any shape, and the blending of pieces."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,7 +62,7 @@ def test_only_two_tiles_share_a_pixel_of_an_axis(case):
     kept = sorted({(tile.columns.kept.start, tile.columns.kept.stop) for tile in plan(case)})
     assert kept[0][0] == 0
     assert kept[-1][1] == case[0]
-    for (_, stop), (start, _) in zip(kept, kept[1:], strict=False):
+    for (_, stop), (start, _) in itertools.pairwise(kept):
         assert stop - start == BLEND_PX
     for (_, stop), (start, _) in zip(kept, kept[2:], strict=False):
         assert stop <= start

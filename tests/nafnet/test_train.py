@@ -25,8 +25,8 @@ RECIPE = TrainRecipe(
 )
 
 
-class Interrupted(Exception):
-    """Stands for a power cut."""
+class PowerCutError(Exception):
+    """Raised in the middle of a training."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,9 +87,9 @@ def test_an_interrupted_training_goes_on_exactly(trained, tmp_path):
 
     def cut(progress):
         if progress.step == 6:
-            raise Interrupted
+            raise PowerCutError
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(PowerCutError):
         train(RECIPE, out, **reports(cut))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["net.state"]
 
@@ -176,7 +176,7 @@ def test_noise_is_of_the_strengths_asked_for_and_stored_as_a_picture_is():
     ],
 )
 def test_bad_recipes_list_all_their_problems(fields, words):
-    with pytest.raises(ValueError, match="must|precision") as caught:
+    with pytest.raises(ValueError, match=r"must|precision") as caught:
         replace(RECIPE, **fields)
     assert str(caught.value).count("; ") == len(words) - 1
     assert all(word in str(caught.value) for word in words)

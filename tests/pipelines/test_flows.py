@@ -62,9 +62,7 @@ def test_bad_images_among_good_ones_then_resume(
     assert state.is_failed()
     assert state.name == flows.INCOMPLETE
     counts = {"restored": 5, "unreadable": 4, "missing": 1, "mismatched": 1}
-    assert state.message == (
-        "11 images: 5 restored, 4 unreadable, 1 missing, 1 mismatched (tolerated: 0 not restored)"
-    )
+    assert state.message == ("11 images: 5 restored, 4 unreadable, 1 missing, 1 mismatched (tolerated: 0 not restored)")
     rows = rows_of(output)
     assert set(rows) == {*good, *bad}
     assert Counter(row["status"] for row in rows.values()) == counts

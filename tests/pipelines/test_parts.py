@@ -29,7 +29,13 @@ def test_rows_are_collected_into_few_parts(tmp_path: Path) -> None:
 
 def test_rows_are_kept_when_the_run_fails(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    with pytest.raises(RuntimeError), PartWriter(store) as writer:
-        writer.add(rows("a", "b"))
-        raise RuntimeError
+    writer = PartWriter(store)
+
+    def run_that_fails() -> None:
+        with writer:
+            writer.add(rows("a", "b"))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run_that_fails()
     assert read_rows(store)["key"].to_pylist() == ["a", "b"]

@@ -1,11 +1,11 @@
 """List, read and write, on local files, on fsspec's memory file system and on a real S3 server."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from pipelines.storage import StorageError, Store, UnsafeKey, check_key, open_url
+
 
 @pytest.fixture(params=["local", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
@@ -59,7 +59,7 @@ def test_a_failed_local_write_leaves_the_old_content_and_no_litter(
     monkeypatch.setattr(Path, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
         store.write("k", b"new")
-    assert os.listdir(tmp_path) == ["k"]
+    assert [path.name for path in tmp_path.iterdir()] == ["k"]
     assert (tmp_path / "k").read_bytes() == b"old"
 
 

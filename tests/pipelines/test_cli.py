@@ -1,0 +1,137 @@
+"""The command as a person types it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nafnet.images import Picture, encode
+
+NAFNET = Path(sys.executable).with_name("nafnet")
+
+
+@pytest.fixture
+def prefect_home(tmp_path: Path) -> dict[str, str]:
+    """An environment whose Prefect keeps its database away from the user's."""
+    return {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "NO_COLOR": "1", "COLUMNS": "100"}
+
+
+def nafnet(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(NAFNET), *map(str, words)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def write(folder: Path, name: str, pixels: np.ndarray) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(encode(Picture(pixels, "PNG")))
+
+
+def test_restore_prints_what_came_of_it_and_nothing_else(
+    tmp_path: Path, prefect_home: dict[str, str], checkpoint_file: Path, rng: np.random.Generator
+) -> None:
+    for i in range(3):
+        pixels = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        write(tmp_path / "in", f"{i}.png", pixels)
+        write(tmp_path / "ref", f"{i}.png", 255 - pixels)
+    (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "ref" / "bad.png").write_bytes(b"no picture")
+    words = ["restore", tmp_path / "in", tmp_path / "out", "--reference", tmp_path / "ref"]
+    done = nafnet(*words, "--checkpoint", checkpoint_file, "--no-tlc", env=prefect_home)
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "4 images: 3 restored, 1 unreadable"
+    assert re.fullmatch(r"mean PSNR  \d+\.\d\d dB before, \d+\.\d\d dB after \([+-]\d+\.\d\d dB\)", lines[1])
+    assert lines[2:] == [f"images     {tmp_path}/out/images", f"report     {tmp_path}/out/report.html"]
+    said = done.stderr.splitlines()
+    assert said[0] == "4 images match: 4 to restore, 0 finished in an earlier run, 0 that cannot be"
+    assert re.fullmatch(r"4 of 4 images, \d+\.\d\d images/s, 0 s left, 1 not restored", said[-2])
+    assert said[-1].startswith("nafnet: 4 images: 3 restored, 1 unreadable (tolerated: 0 not restored)")
+    assert len(said) <= 5  # no chatter of Ray's or Prefect's
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, checkpoint_file: Path) -> None:
+    for i in range(20):
+        write(tmp_path / "in", f"{i}.png", np.zeros((100, 200, 3), np.uint8))
+    done = nafnet("restore", tmp_path / "in", tmp_path / "out", "--checkpoint", checkpoint_file, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "20 match: 20 to restore, 0 finished, 0 that cannot be" in done.stdout
+    assert "megapixels about 0.4 (from 10 images; largest 200x100, no tiles)" in done.stdout
+    assert re.search(r"memory     about \d+\.\d GiB an actor", done.stdout)
+    assert re.search(r"time       about \d+ s", done.stdout)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["restore", "/nowhere", "/elsewhere", "--checkpoint", "nosuch"], "no checkpoint at"),
+        (
+            ["restore", "/nowhere", "/elsewhere", "--tile", "300"],
+            "a tile of 300 px with a halo of 192 px keeps nothing",
+        ),
+        (["restore", "/a", "/a/b"], "output /a/b lies inside source /a"),
+        (["restore", "/a", "/b", "--actors", "0", "--halo", "-1"], "--halo: .*\n.*--actors: "),
+        (["train", "x.safetensors", "--enc-blocks", "a,b"], "--enc-blocks takes numbers"),
+        (["train", "x.safetensors", "--crop", "50"], "crop_px must be a multiple of 16"),
+        (["info", __file__], "not a whole PyTorch file"),
+        (["score", "/nowhere", "/nowhere"], "nothing at /nowhere"),
+    ],
+)
+def test_mistakes_are_said_in_a_line_before_any_work(words: list[str], said: str) -> None:
+    done = nafnet(*words)
+    assert done.returncode == 2
+    assert re.search(said, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_info_tells_what_a_file_holds(checkpoint_file: Path) -> None:
+    done = nafnet("info", checkpoint_file)
+    assert "NAFNet, width 8" in done.stdout
+    assert "encoder (1, 1, 1, 4), middle 1, decoder (1, 1, 1, 1)" in done.stdout
+    assert "TLC windows 384, 192, 96, 48, 24 px by level" in done.stdout
+    assert "NAFNet-GoPro-width64      33.7103   0.9668  on   gopro" in nafnet("info").stdout
+
+
+def test_score_compares_two_folders(tmp_path: Path) -> None:
+    for i, offset in enumerate((0, 1, 2)):
+        write(tmp_path / "a", f"{i}.png", np.full((16, 16, 3), 100, np.uint8))
+        write(tmp_path / "b", f"{i}.png", np.full((16, 16, 3), 100 + offset, np.uint8))
+    (tmp_path / "b" / "0.png").unlink()
+    done = nafnet("score", tmp_path / "a", tmp_path / "b")
+    assert done.returncode == 1
+    assert "0.png: no reference of that name" in done.stdout
+    assert " 48.1308 " in done.stdout
+    assert re.search(r"^ 45\.1205 .* mean of 2 under protocol stored$", done.stdout, re.MULTILINE)
+
+
+def test_train_makes_a_checkpoint_that_info_reads(tmp_path: Path) -> None:
+    shape = ["--width", "4", "--enc-blocks", "1", "--middle-blocks", "0", "--dec-blocks", "1"]
+    small = ["--steps", "4", "--batch", "1", "--crop", "32", "--scenes", "2"]
+    done = nafnet("train", tmp_path / "net.safetensors", *shape, *small)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"step 4/4: \d+\.\d\d dB, held-out \d+\.\d\d dB, 0 min left", done.stdout)
+    assert "trained on 32 px crops" in nafnet("info", tmp_path / "net.safetensors").stdout
+
+
+def test_the_model_library_works_without_the_batch_system(tmp_path: Path) -> None:
+    """As after `pip install nafnet-pipelines` alone: the packages of the extra cannot be imported."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in {'ray', 'prefect', 'pyarrow', 'fsspec', 's3fs', 'jinja2', 'skimage'}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = "import numpy as np, nafnet; print(nafnet.Restorer.load('demo')(np.zeros((8, 9, 3), np.uint8)).shape)"
+    used = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert used.stdout.strip() == "(8, 9, 3)", used.stderr
+    assert "width 16" in nafnet("info", "demo", env=env).stdout
+    refused = nafnet("restore", tmp_path, tmp_path / "out", env=env)
+    assert refused.returncode != 0
+    assert "pip install 'nafnet-pipelines[pipelines]'" in refused.stderr

@@ -1,0 +1,64 @@
+"""Every example in the README runs, and prints what the README says it prints (numbers and places apart)."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.demo import make_photos
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def shape(line: str) -> str:
+    """The line without what differs from run to run."""
+    return re.sub(r"\s+", " ", re.sub(r"[-+]?\d[\d.,]*", "#", line)).strip()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as it is after `make demo`, before its restoration."""
+    folder = tmp_path_factory.mktemp("readme")
+    make_photos(folder / "demo-output")
+    return folder
+
+
+def environment(place: Path) -> dict[str, str]:
+    paths = {"PATH": f"{BIN}:{os.environ['PATH']}", "PREFECT_HOME": str(place / "prefect")}
+    return {**os.environ, **paths, "NO_COLOR": "1", "COLUMNS": "100"}
+
+
+def test_commands_print_what_is_shown(place: Path) -> None:
+    commands = 0
+    for block in blocks("console"):
+        for command, shown in re.findall(r"^\$ ((?:.*\\\n)*.*)\n((?:[^$].*\n|\n)*)", block, re.MULTILINE):
+            if command.startswith(("make ", "pip ")):
+                continue  # what a person does once; the Makefile itself is what runs this test
+            commands += 1
+            done = subprocess.run(
+                command, shell=True, cwd=place, env=environment(place), capture_output=True, text=True, check=False
+            )
+            printed = {shape(line).replace(str(place), "~") for line in (done.stdout + done.stderr).splitlines()}
+            missing = [
+                line for line in shown.splitlines() if line.strip() != "..." and shape(line) not in printed | {""}
+            ]
+            assert not missing, f"$ {command}\nmissing: {missing}\nprinted:\n{done.stdout}{done.stderr}"
+    assert commands >= 5
+
+
+def test_python_examples_run(place: Path) -> None:
+    examples = blocks("python")
+    assert examples
+    for code in examples:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=place, env=environment(place), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
