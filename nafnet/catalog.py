@@ -154,8 +154,10 @@ _ROWS = (
         "demo",
         "demo.safetensors",
         NetConfig(width=16, enc_blocks=(2, 2, 4), middle_blocks=3, dec_blocks=(2, 2, 2)),
-        tlc=True,
+        tlc=False,  # measured: 10.43 dB gain on photographs, 10.40 with TLC
         protocol="stored",
+        sha256="a682d46791653031d21399a0bdc936b2bbcc242bc32f9bdf4382fbd10823e9ae",
+        size=2_712_428,
         train_size=96,
         bundled=True,
     ),

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from uuid import UUID
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from prefect import flow, task
 from prefect.artifacts import (
     create_image_artifact,
@@ -173,9 +174,10 @@ def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
 
 @task(name="report", cache_policy=NO_CACHE)
 def report_images(prepared: Prepared, plan: Plan, run: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Summarise every row of this recipe; write summary.json, run.json and report.html; show them in Prefect."""
+    """Summarise the rows of the job's inputs; write summary.json, run.json and report.html; show them in Prefect."""
     output = Store(prepared.job.output)
     rows = report.read_rows(output, recipe=plan.recipe)
+    rows = rows.filter(pc.is_in(rows["key"], value_set=plan.keys))  # others may be there, of a wider job
     made = len(plan.pairs) + len(plan.decided)
     summary = report.summarize(rows, wall_seconds=seconds, wall_images=made)
     output.write("run.json", json.dumps(run, indent=2).encode())

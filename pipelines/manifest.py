@@ -25,15 +25,20 @@ class Plan:
     Attributes:
         pairs: what is to be restored, in `MANIFEST_SCHEMA`, sorted by key.
         decided: rows of the inputs whose end is known without opening them (`REPORT_SCHEMA`).
-        matched: inputs that the job's globs selected; `finished` of them need nothing more.
+        keys: of all inputs that the job selects; `finished` of them need nothing more.
         recipe: hash of the recipe that the pairs are to be restored under.
     """
 
     pairs: pa.Table
     decided: pa.Table
-    matched: int
+    keys: pa.Array
     finished: int
     recipe: str
+
+    @property
+    def matched(self) -> int:
+        """How many inputs the job selects."""
+        return len(self.keys)
 
 
 def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
@@ -84,7 +89,7 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
     return Plan(
         pairs=pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=MANIFEST_SCHEMA),
         decided=pa.Table.from_pylist([asdict(row) for row in decided], schema=REPORT_SCHEMA),
-        matched=len(entries),
+        keys=pa.array([entry.key for entry in entries], pa.string()),
         finished=skipped,
         recipe=recipe,
     )

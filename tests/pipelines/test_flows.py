@@ -85,6 +85,9 @@ def test_bad_images_among_good_ones_then_resume(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(rows_of(output)) == 11
 
+    assert restore(**job, exclude=tuple(bad)).is_completed()  # what an earlier, wider job could not do is not counted
+    assert json.loads((output / "summary.json").read_text())["images"] == 5
+
     (reference / "no reference.png").write_bytes(whole)
     (degraded / "cut.png").write_bytes(whole)
     (degraded / "seq" / "new.png").write_bytes(whole)

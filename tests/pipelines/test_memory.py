@@ -1,0 +1,39 @@
+"""What a worker needs for the published network on a published image."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from nafnet.images import Picture, encode
+from nafnet.model import NetConfig
+from tests.conftest import random_network, save_published
+
+_WORKER = """
+import resource, sys
+from pipelines.manifest import plan
+from pipelines.settings import RestoreJob
+from pipelines.stages import RestoreActor, Work, fetch, finish
+from nafnet.restore import Restorer
+weights, folder = sys.argv[1:]
+job = RestoreJob(source=folder + "/in", output=folder + "/out", reference=folder + "/ref")
+recipe = Restorer.load(weights).recipe
+work = Work(source=job.source, reference=job.reference, output=job.output, weights=weights, recipe=recipe,
+            protocol="gopro", device="cpu", max_pixels=10**7, threads=2)
+rows = finish(RestoreActor(work)(fetch(plan(job, recipe.hash, "gopro").pairs, work)), work)
+assert rows["status"].to_pylist() == ["restored"]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_worker_restores_720p_at_width_32_in_two_gigabytes(tmp_path: Path, rng: np.random.Generator) -> None:
+    weights = save_published(tmp_path / "net.pth", random_network(NetConfig(width=32)))
+    for folder in ("in", "ref"):
+        (tmp_path / folder).mkdir()
+        pixels = rng.integers(0, 256, (720, 1280, 3), dtype=np.uint8)
+        (tmp_path / folder / "a.png").write_bytes(encode(Picture(pixels, "PNG")))
+    command = [sys.executable, "-c", _WORKER, str(weights), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 2e9  # the kernel counts in KiB
