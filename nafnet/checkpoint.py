@@ -148,7 +148,7 @@ def _count(state: Mapping[str, Tensor], group: str) -> int:
 
 
 def _read(path: Path, data: bytes) -> tuple[object, dict[str, str]]:
-    if path.suffix == ".safetensors":
+    if data[8:9] == b"{" or path.suffix == ".safetensors":  # an 8-byte length, then a JSON header
         try:
             return safetensors.torch.load(data), _safetensors_metadata(data)
         except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that torch has not

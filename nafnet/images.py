@@ -215,7 +215,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise RefusedImage(
             f"{width}x{height} is {width * height / 1e6:.1f} megapixels, over the limit of "
-            f"{max_pixels / 1e6:.1f}; raise max_pixels if it is genuine"
+            f"{max_pixels / 1e6:.1f}; allow more (max_pixels, --max-megapixels) if it is genuine"
         )
 
 

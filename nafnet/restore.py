@@ -119,6 +119,8 @@ class Restorer:
         """
         named = catalog.CATALOG.get(str(weights))
         path = named.bundled_path() if named else None
+        if named and path is None and not Path(weights).exists():
+            raise FileNotFoundError(f"{named.name} is not bundled: fetch {named.file} and give its path here")
         loaded = checkpoint.load(path or weights, expected_sha256=named.sha256 if named and path else None)
         entry = catalog.find_hash(loaded.sha256)
         if tlc is None:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import os
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,7 +86,7 @@ def restore(
     """Restore every image below SOURCE, score it if there is a reference, write images and a report to OUTPUT.
 
     A second run on the same output does only what is new, changed, or under another recipe. Ends with 1 when images
-    could not be restored (report.html says which and why), with 2 when nothing was started.
+    could not be restored (report.html says which and why) or the run broke off, with 2 when nothing was started.
     """
     given = dict(locals())
     for name in ("dry_run", "verbose"):
@@ -113,7 +115,8 @@ def score(
     """Score images that are already there: PSNR in dB, SSIM-2D and SSIM-3D, per image and as plain means."""
     from pipelines.score import score_folders
 
-    sums, count, failed = [0.0, 0.0, 0.0], 0, 0
+    columns: tuple[list[float], list[float], list[float]] = ([], [], [])
+    count = failed = 0
     with _clear_errors():
         print(f"{'PSNR':>8} {'SSIM-2D':>8} {'SSIM-3D':>8}  image")
         for scored in score_folders(restored, reference, protocol):
@@ -121,12 +124,17 @@ def score(
                 failed += 1
                 print(f"{'-':>8} {'-':>8} {'-':>8}  {scored.key}: {scored.reason}")
                 continue
-            values = (scored.scores.psnr, scored.scores.ssim_2d or float("nan"), scored.scores.ssim_3d)
-            sums, count = [total + value for total, value in zip(sums, values, strict=True)], count + 1
-            print(" ".join(f"{value:8.4f}" for value in values) + f"  {scored.key}")
+            count += 1
+            values = (scored.scores.psnr, scored.scores.ssim_2d, scored.scores.ssim_3d)
+            for column, value in zip(columns, values, strict=True):
+                if value is not None and math.isfinite(value):  # identical images are left out, as in the report
+                    column.append(value)
+            print(" ".join(_score(value) for value in values) + f"  {scored.key}")
     if count:
-        means = " ".join(f"{total / count:8.4f}" for total in sums)
+        means = " ".join(_score(statistics.fmean(column) if column else None) for column in columns)
         print(f"{means}  mean of {count} under protocol {protocol}")
+        if len(columns[0]) < count:
+            print(f"{count - len(columns[0])} images equal their reference: not in the mean PSNR")
     if failed:
         _fail(f"{failed} images could not be scored", code=1)
 
@@ -152,6 +160,8 @@ def info(
     with _clear_errors():
         path = locate(weights)
         loaded = checkpoint.load(path)
+        if min(height, width) < 1:
+            raise ValueError(f"--height and --width are numbers of px, got {height} and {width}")
     config = loaded.network.config
     entry = catalog.CATALOG.get(weights) or catalog.find_hash(loaded.sha256)
     train_size = loaded.train_size or (entry.train_size if entry else 256)
@@ -202,6 +212,8 @@ def train(
         )
 
     with _clear_errors():
+        if out.suffix != ".safetensors":
+            raise ValueError(f"OUT must end in .safetensors, which is what is written: got {out}")
         network = NetConfig(
             width=width,
             enc_blocks=_counts(enc_blocks, "--enc-blocks"),
@@ -281,13 +293,13 @@ def _run_restore(job: Any) -> None:
     print(f"images     {output.url('images')}")
     print(f"report     {output.url('report.html')}")
     if not state.is_completed():
-        _fail(f"{state.message}: the report says which and why", code=1)
+        _fail(f"{state.message}: the report says which and why; --retry-failed tries those again", code=1)
 
 
 def _say_why(state: Any) -> None:
     """End with what stopped the run: a message for what a person can mend, a traceback for the rest."""
     error = state.result(raise_on_failure=False)
-    with _clear_errors():
+    with _clear_errors(code=1):
         if isinstance(error, BaseException):
             raise error
     _fail(f"the run ended early: {state.message}", code=1)
@@ -338,21 +350,25 @@ def _job(given: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
-    """What a person did wrong is one message and exit code 2, not a traceback."""
-    from nafnet.checkpoint import CheckpointError
-
-    expected: tuple[type[Exception], ...] = (CheckpointError, ValueError, FileNotFoundError)
+def _clear_errors(code: int = 2) -> Iterator[None]:
+    """What a person can mend is one message and an exit code, and a traceback only with -v."""
+    expected: tuple[type[Exception], ...] = (ValueError, OSError)  # CheckpointError is a ValueError
     try:
+        from pipelines.report import ReportError
         from pipelines.storage import StorageError
 
-        expected += (StorageError,)
+        expected += (StorageError, ReportError)
     except ModuleNotFoundError:
         pass  # the model library alone: no storage, no storage errors
     try:
         yield
     except expected as error:
-        _fail(str(error))
+        logging.getLogger(__name__).debug("where it was raised", exc_info=error)
+        _fail(str(error), code=code)
+
+
+def _score(value: float | None) -> str:
+    return f"{'-':>8}" if value is None else f"{value:8.4f}"
 
 
 def _fail(message: str, *, code: int = 2) -> None:

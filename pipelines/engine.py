@@ -33,8 +33,10 @@ from pipelines.stages import RestoreActor, Work, fetch, finish
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 8 * 2**20  # of encoded images: enough work to hide a block's overhead of 20 to 30 ms
-_BLOCK_ROWS = 32
+_BLOCK_ROWS = 16  # bounds what a block holds decoded, which its encoded size does not tell
 _SCARCE = 0.5  # CPUs that reading and writing reserve, so that they are never fused into the actors
+_LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
+_RETRIES = 2  # of a block whose process died; Ray Data would go on for ever
 _WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
 
 
@@ -58,9 +60,10 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What the connected Ray offers."""
+    """What the connected Ray offers. `node_cpus` are those of its largest node, which an actor must fit on."""
 
     cpus: int
+    node_cpus: int
     gpus: float
     nodes: int
     version: str
@@ -68,22 +71,31 @@ class Cluster:
     def pool(self, actors: int | None, gpus_per_actor: float) -> tuple[Pool, int]:
         """The pool for these wishes, and how many threads each actor's network gets.
 
+        Actors never reserve the last CPU: reading, scoring and writing need it, and threads may use it meanwhile.
+
         Raises:
             ValueError: more is wished for than the cluster has, which would wait for ever.
         """
         if gpus_per_actor > 0:
-            fits = int(self.gpus / gpus_per_actor)
+            per_gpu = int(1 / gpus_per_actor) if gpus_per_actor < 1 else 1
+            fits = int(self.gpus) * per_gpu if gpus_per_actor < 1 else int(self.gpus / gpus_per_actor)
             if fits < (actors or 1):
                 raise ValueError(
                     f"{actors or 1} actors of {gpus_per_actor:g} GPUs asked for, the cluster has {self.gpus:g} GPUs: "
                     "lower --actors or --gpus-per-actor (0 restores on CPUs)"
                 )
-            return Pool(actors or fits, cpus=1, gpus=gpus_per_actor), 1
+            return Pool(actors or fits, self._share(actors or fits, most=1), gpus_per_actor), 1
         count = actors or max(1, self.cpus // 4)  # four threads each: more gain little on one image
-        if count > max(1, self.cpus - 1):
-            raise ValueError(f"{count} actors asked for, the cluster has {self.cpus} CPUs: at most {self.cpus - 1}")
-        # One CPU stays free for reading and writing; threads may use it when those wait.
-        return Pool(count, cpus=max(1, (self.cpus - 1) // count), gpus=0), max(1, self.cpus // count)
+        if count > self.cpus:
+            raise ValueError(f"{count} actors asked for, the cluster has {self.cpus} CPUs: ask for no more than those")
+        threads = max(1, min(self.cpus // count, self.node_cpus))
+        return Pool(count, self._share(count, most=threads), 0), threads
+
+    def _share(self, actors: int, *, most: int) -> float:
+        """CPUs that each actor reserves: whole ones, or a fraction of one where they are scarce."""
+        share = (self.cpus - 1) / actors if self.cpus > 1 else 0
+        whole = min(int(share), most, max(1, self.node_cpus - 1))
+        return float(whole) if whole else max(_LEAST_SHARE, int(share * 10) / 10)
 
 
 @contextmanager
@@ -100,10 +112,12 @@ def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
         signal.signal(signal.SIGTERM, on_terminate)
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         yield Cluster(
             cpus=int(resources.get("CPU", 1)),
+            node_cpus=max(int(node["Resources"].get("CPU", 1)) for node in nodes),
             gpus=float(resources.get("GPU", 0)),
-            nodes=len(ray.nodes()),  # type: ignore[no-untyped-call]
+            nodes=len(nodes),
             version=ray.__version__,
         )
     finally:
@@ -146,12 +160,26 @@ def run(
     if len(remaining):
         logger.warning("%d images were lost with their process or to an error; trying each alone", len(remaining))
         # As a new Ray job: an actor that was just being restarted outlives its pass and would hold the CPUs for ever.
+        second: list[pa.Table] = []
+        nothing_came = len(remaining) == len(pairs) > 1
         with connect(placement.address, verbose=verbose):
             singles = [remaining.slice(i, 1) for i in range(len(remaining))]
-            remaining = _pass(remaining, replace(work, contained=True), pool, singles, on_rows)
+            take = second.append if nothing_came else on_rows
+            remaining = _pass(remaining, replace(work, contained=True), pool, singles, take)
+        if nothing_came:
+            _judge(second, remaining, on_rows)
     if len(remaining):
         on_rows(_crashed(remaining, work))
     return {**asdict(cluster), "pool": asdict(pool), "threads": threads}
+
+
+def _judge(second: list[pa.Table], remaining: pa.Table, on_rows: Callable[[pa.Table], None]) -> None:
+    """Where not one image of several came through, the job is at fault and not its images: raise what they met."""
+    statuses = {status for rows in second for status in rows["status"].to_pylist()}
+    if statuses == {Status.CRASHED} and not len(remaining):
+        raise RuntimeError(f"no image could be processed; the first one met {second[0]['reason'][0].as_py()}")
+    for rows in second:
+        on_rows(rows)
 
 
 def _pass(
@@ -170,7 +198,9 @@ def _pass(
     seen: set[str] = set()
     batches: Iterable[pa.Table] = stages.iter_batches(batch_size=None, batch_format="pyarrow")
     for rows in batches:
-        fresh = rows.cast(REPORT_SCHEMA).filter(pa.array([key not in seen for key in rows["key"].to_pylist()]))
+        fresh = rows.cast(REPORT_SCHEMA).filter(
+            pa.array([key not in seen for key in rows["key"].to_pylist()], pa.bool_())
+        )
         seen.update(fresh["key"].to_pylist())
         on_rows(fresh)
     return pairs.filter(pa.array([key not in seen for key in pairs["key"].to_pylist()], pa.bool_()))
@@ -184,6 +214,7 @@ def _stages(blocks: list[pa.Table], work: Work, pool: Pool) -> Dataset:
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=_SCARCE,
+            max_retries=_RETRIES,
         )
         .map_batches(
             RestoreActor,
@@ -194,13 +225,14 @@ def _stages(blocks: list[pa.Table], work: Work, pool: Pool) -> Dataset:
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             max_restarts=-1,
-            max_task_retries=2,
+            max_task_retries=_RETRIES,
         )
         .map_batches(
             partial(finish, work=work),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=_SCARCE,
+            max_retries=_RETRIES,
         )
     )
 

@@ -12,6 +12,7 @@ from pipelines.storage import Store
 
 _SAMPLE = 16  # images opened to learn their sizes
 _PROBE_PX = 256
+_WHOLE_IMAGE_BYTES = 16  # a number of the whole image: float32 in and out, a copy when rounding, and both encodings
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,8 @@ def estimate(plan: Plan, source: Store, restorer: Restorer, *, max_pixels: int) 
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     tile = restorer.recipe.tile
     piece = min(height, tile or height) * min(width, tile or width)
-    probe = np.zeros((_PROBE_PX, _PROBE_PX, 3), np.uint8)
+    channels = restorer.network.config.image_channels
+    probe = np.zeros((_PROBE_PX, _PROBE_PX, channels), np.uint8)
     restorer(probe)  # the first call allocates
     started = time.perf_counter()
     restorer(probe)
@@ -52,6 +54,7 @@ def estimate(plan: Plan, source: Store, restorer: Restorer, *, max_pixels: int) 
         megapixels=megapixels,
         largest=(height, width),
         tiles=restorer.tiles(height, width),
-        memory_bytes=memory_bytes(restorer.network.config, piece),
+        memory_bytes=memory_bytes(restorer.network.config, piece, precision=restorer.recipe.precision)
+        + height * width * channels * _WHOLE_IMAGE_BYTES,
         seconds=per_pixel * megapixels * 1e6,
     )

@@ -6,6 +6,8 @@ import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -78,7 +80,8 @@ def prepare(job: RestoreJob) -> Prepared:
         raise CheckpointError(f"{path} is not the published {named.name}: its SHA-256 is {restorer.recipe.weights}")
     entry = named or catalog.find_hash(restorer.recipe.weights)
     protocol = job.protocol or (entry.protocol if entry else "stored")
-    return Prepared(job, str(path), restorer.recipe, protocol)
+    elsewhere = "://" in job.checkpoint or named is not None  # each node finds these for itself
+    return Prepared(job, job.checkpoint if elsewhere else str(path), restorer.recipe, protocol)
 
 
 @flow(name="restore", log_prints=False)
@@ -116,6 +119,8 @@ def restore(
     cluster = restore_images(prepared, plan)
     run = _describe_run(prepared, plan, cluster, started)
     summary = report_images(prepared, plan, run, time.monotonic() - clock)
+    if summary["images"] != plan.matched:
+        raise RuntimeError(f"{plan.matched} images match, but the report has rows of {summary['images']}: run again")
     failed = summary["images"] - summary["counts"][Status.RESTORED]
     if failed > job.max_failed:
         tolerated = f" (tolerated: {job.max_failed} not restored)"
@@ -179,11 +184,21 @@ def report_images(prepared: Prepared, plan: Plan, run: dict[str, Any], seconds: 
     rows = report.read_rows(output, recipe=plan.recipe)
     rows = rows.filter(pc.is_in(rows["key"], value_set=plan.keys))  # others may be there, of a wider job
     made = len(plan.pairs) + len(plan.decided)
-    summary = report.summarize(rows, wall_seconds=seconds, wall_images=made)
-    output.write("run.json", json.dumps(run, indent=2).encode())
+    summary = report.summarize(rows, wall_seconds=seconds if made else None, wall_images=made)
+    if made or not output.exists("run.json"):  # a run that found nothing to do leaves the record of the one that did
+        output.write("run.json", json.dumps(run, indent=2).encode())
+    else:
+        run = json.loads(output.read("run.json"))
     report.write_summary(output, summary)
     strips = report_sheet.load_strips(rows)
     page = report_html.write_report(output, rows, summary, run, strips=strips)
+    with _unimportant():
+        _show(summary, page, strips)
+    return summary
+
+
+def _show(summary: dict[str, Any], page: str, strips: Sequence[report_sheet.Strip]) -> None:
+    """The summary as artifacts of the run."""
     create_markdown_artifact(report.summary_markdown(summary), key="summary", description="What the run came to")
     counts = [{"status": status, "images": count} for status, count in summary["counts"].items()]
     create_table_artifact(counts, key="counts", description="Images by status")
@@ -191,7 +206,15 @@ def report_images(prepared: Prepared, plan: Plan, run: dict[str, Any], seconds: 
         sheet = report_html.data_url(report_sheet.sheet_png(strips))
         create_image_artifact(sheet, key="sheet", description="Before, restored and reference")
     create_link_artifact(page if "://" in page else f"file://{page}", key="report", link_text="report.html")
-    return summary
+
+
+@contextmanager
+def _unimportant() -> Iterator[None]:
+    """What only shows a run must not end it: a Prefect server that does not answer for a moment is logged."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a server or the network does
+        logger.warning("could not update the run's artifacts: %s: %s", type(error).__name__, error)
 
 
 class _Watch:
@@ -199,14 +222,18 @@ class _Watch:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        artifact = create_progress_artifact(0.0, key="progress", description="Images that have their row")
-        self._artifact = cast(UUID, artifact)  # a coroutine only when called from one
+        self._artifact: UUID | None = None
         self._updated = time.monotonic()
+        with _unimportant():
+            artifact = create_progress_artifact(0.0, key="progress", description="Images that have their row")
+            self._artifact = cast(UUID, artifact)  # a coroutine only when called from one
 
     def update(self) -> None:
         done, total = self._progress.done, self._progress.total
-        if done == total or time.monotonic() - self._updated > _ARTIFACT_SECONDS:
-            update_progress_artifact(self._artifact, progress=100 * done / total)
+        late = time.monotonic() - self._updated > _ARTIFACT_SECONDS
+        if self._artifact is not None and (done == total or late):
+            with _unimportant():
+                update_progress_artifact(self._artifact, progress=100 * done / total)
             self._updated = time.monotonic()
 
 
@@ -218,7 +245,7 @@ def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], start
         "weights": {"checkpoint": prepared.job.checkpoint, "sha256": prepared.recipe.weights},
         "protocol": prepared.protocol,
         "job": prepared.job.model_dump(mode="json"),
-        "plan": {"matched": plan.matched, "restored_now": len(plan.pairs), "finished_before": plan.finished},
+        "plan": {"matched": plan.matched, "attempted": len(plan.pairs), "finished_before": plan.finished},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
         "ray": cluster,

@@ -13,7 +13,7 @@ from pipelines.parts import write_parquet
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Pair, ReportRow, Status
 from pipelines.report import read_rows
 from pipelines.settings import RestoreJob
-from pipelines.storage import Entry, StorageError, Store, UnsafeKey, check_key
+from pipelines.storage import Entry, StorageError, Store, UnsafeKey, check_key, readable
 
 _PART_ROWS = 100_000
 
@@ -65,7 +65,7 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
     for entry in entries:
         partner = find(entry.key) if find else None
         fingerprint = f"{entry.fingerprint}|{partner.fingerprint}" if partner else entry.fingerprint
-        if (entry.key, fingerprint) in finished:
+        if (readable(entry.key), fingerprint) in finished:
             skipped += 1
             continue
         try:
@@ -79,7 +79,7 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
                 fingerprint=fingerprint,
             )
         except UnsafeKey as error:
-            decided.append(_decide(entry, fingerprint, recipe, Status.REFUSED, str(error), job.source))
+            decided.append(_decide(entry, fingerprint, recipe, Status.REFUSED, str(error), source.url()))
             continue
         if reference and not partner:
             reason = f"no reference: looked for {entry.key} (or its name with another extension) in {reference.url()}"
@@ -89,7 +89,7 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
     return Plan(
         pairs=pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=MANIFEST_SCHEMA),
         decided=pa.Table.from_pylist([asdict(row) for row in decided], schema=REPORT_SCHEMA),
-        keys=pa.array([entry.key for entry in entries], pa.string()),
+        keys=pa.array([readable(entry.key) for entry in entries], pa.string()),
         finished=skipped,
         recipe=recipe,
     )
@@ -108,29 +108,32 @@ def _select(entries: Iterator[Entry], job: RestoreJob) -> Iterator[Entry]:
     for entry in entries:
         if chosen == job.limit:
             return
-        if _matches(entry.key, job.include) and not _matches(entry.key, job.exclude):
+        if matches(entry.key, job.include) and not matches(entry.key, job.exclude):
             chosen += 1
             yield entry
 
 
-def _matches(key: str, globs: Sequence[str]) -> bool:
+def matches(key: str, globs: Sequence[str]) -> bool:
+    """Whether one of the globs fits the whole key or its last part, without regard to upper and lower case."""
     lower = key.lower()
     name = lower.rpartition("/")[2]
     return any(fnmatchcase(lower, glob.lower()) or fnmatchcase(name, glob.lower()) for glob in globs)
 
 
 def _finished(output: Store, recipe: str, protocol: str, *, restored_only: bool) -> set[tuple[str, str]]:
-    rows = read_rows(output, recipe=recipe).select(["key", "fingerprint", "status", "protocol"])
+    """The (key, fingerprint) pairs that need nothing more. The latest row of a key counts, of whatever recipe: a later
+    run under another one has replaced the image."""
+    rows = read_rows(output).select(["key", "fingerprint", "status", "protocol", "recipe"])
     return {
         (key, fingerprint)
-        for key, fingerprint, status, scored_by in zip(*(c.to_pylist() for c in rows.columns), strict=True)
-        if (status == Status.RESTORED or not restored_only) and scored_by in (None, protocol)
+        for key, fingerprint, status, scored_by, made_by in zip(*(c.to_pylist() for c in rows.columns), strict=True)
+        if made_by == recipe and (status == Status.RESTORED or not restored_only) and scored_by in {None, protocol}
     }
 
 
 def _decide(entry: Entry, fingerprint: str, recipe: str, status: Status, reason: str, source: str) -> ReportRow:
     return ReportRow(
-        key=entry.key,
+        key=readable(entry.key),
         status=status,
         reason=reason,
         recipe=recipe,

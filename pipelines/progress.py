@@ -51,7 +51,7 @@ class Progress:
         """Count finished images."""
         self.counts += statuses
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=self.done, rate=self._failed() or f"{self.rate:.2f} images/s")
+            self._bar.update(self._task, completed=self.done, rate=f"{self.rate:.2f} images/s{self._failed()}")
         elif time.monotonic() - self._said > _LINE_SECONDS or self.done == self.total:
             self._said = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)

@@ -128,7 +128,7 @@ def summarize(rows: pa.Table, *, wall_seconds: float | None = None, wall_images:
         "network_seconds_p95": _percentile(seconds, 95),
         "megapixels_per_network_second": float(pixels[timed].sum()) / network if network > 0 else None,
         "wall_seconds": wall_seconds,
-        "images_per_second": handled / wall_seconds if wall_seconds else None,
+        "images_per_second": handled / wall_seconds if wall_seconds and handled else None,
     }
 
 

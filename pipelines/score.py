@@ -9,6 +9,8 @@ from multiprocessing import get_context
 from nafnet.images import RefusedImage, UnreadableImage, decode
 from nafnet.metrics import PROTOCOLS, Scores, score
 from pipelines.datasets import same_key
+from pipelines.manifest import matches
+from pipelines.settings import IMAGE_GLOBS
 from pipelines.storage import StorageError, Store
 
 
@@ -22,14 +24,18 @@ class Scored:
 
 
 def score_folders(restored: str, reference: str, protocol: str) -> Iterator[Scored]:
-    """Score every file below `restored` against its reference, in order of their keys, on all cores.
+    """Score every image file below `restored` against its reference, in order of their keys, on all cores.
 
     Raises:
         StorageError: a folder is not there or is empty.
     """
     images, references = Store(restored), Store(reference)
     find = same_key(references.list())
-    jobs = [(entry.key, partner.key if (partner := find(entry.key)) else None) for entry in images.list()]
+    jobs = [
+        (entry.key, partner.key if (partner := find(entry.key)) else None)
+        for entry in images.list()
+        if matches(entry.key, IMAGE_GLOBS)
+    ]
     if not jobs:
         raise StorageError(f"nothing to score in {images.url()}")
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:

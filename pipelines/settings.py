@@ -1,5 +1,6 @@
 """What a person may set: one validated model, the same for the command line, a deployment and a REPL."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -50,7 +51,7 @@ class RestoreJob(BaseModel):
         int | None,
         Field(
             ge=1,
-            description="Processes that hold the network; unset: one per GPU asked for, or half the CPUs",
+            description="Processes that hold the network; unset: as many as the GPUs hold, or one for four CPUs",
         ),
     ] = None
     gpus_per_actor: Annotated[float, Field(ge=0, description="GPUs each actor reserves; 0 restores on the CPU")] = 0
@@ -67,15 +68,24 @@ class RestoreJob(BaseModel):
     )
     max_megapixels: Annotated[float, Field(gt=0, description="Images larger than this are refused")] = 250
 
+    @field_validator("checkpoint", "source", "output", "reference")
+    @classmethod
+    def _no_secrets(cls, value: str | None) -> str | None:
+        user, at, _ = (value or "").partition("://")[2].partition("/")[0].rpartition("@")
+        if at and ":" in user:
+            raise ValueError("put credentials into the environment or a profile, never into a URL")
+        if value and "://" in value and "?" in value and value.startswith(("http:", "https:")):
+            raise ValueError("a URL's query may hold a signature, and URLs are recorded: give one without '?'")
+        return value
+
     @field_validator("source", "output", "reference")
     @classmethod
     def _plain_prefix(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        if "@" in value.partition("://")[2].partition("/")[0]:
-            raise ValueError("put credentials into the environment or a profile, never into a URL")
+        value = value.removeprefix("file://")
         if "://" not in value:
-            return str(Path(value).expanduser().absolute())
+            return os.path.normpath(Path(value).expanduser().absolute())
         return value.rstrip("/")
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from nafnet.metrics import PROTOCOLS, Scores, quantize, score
 from nafnet.restore import Recipe, Restorer, to_float
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, ReportRow, Status
 from pipelines.storage import Store, UnsafeKey
+from pipelines.weights import locate
 
 Row = dict[str, Any]
 
@@ -57,7 +58,7 @@ class Work:
     """What every stage knows of the job.
 
     Attributes:
-        weights: path of the checkpoint, read on the machine that restores; its hash must be the recipe's.
+        weights: the checkpoint as a person names it, found on the machine that restores; its hash must be the recipe's.
         threads: threads of the network in one actor.
         contained: unexpected errors of one row become its status `crashed` instead of ending the block. Used to
             find out which row of a failed block was the bad one.
@@ -123,7 +124,7 @@ class RestoreActor:
         self.work = work
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self.restorer = Restorer.load(
-            work.weights,
+            locate(work.weights),
             tlc=recipe.tlc,
             train_size=recipe.train_size,
             precision=recipe.precision,
@@ -147,6 +148,8 @@ class RestoreActor:
             pixels = to_float(pixels)  # scored before it is rounded
         try:
             restored = self.restorer(pixels)
+        except ValueError as error:  # not an image this network takes, such as colour for a grey one
+            return _end(row, Status.REFUSED, str(error))
         except self.work.caught as error:
             return _crashed(row, "restoring it", error)
         return {
@@ -172,7 +175,7 @@ def _finish_one(row: Row, work: Work) -> ReportRow:
     if row["status"] is None:
         try:
             scores = _score_one(row, work)
-            Store(work.output).write(f"images/{row['key']}", encode(_restored_picture(row)))
+            Store(work.output).write(f"images/{row['key']}", _encode(row))
             row["status"] = Status.RESTORED
         except _Mismatch as error:
             row = _end(row, error.status, str(error))
@@ -190,6 +193,7 @@ def _finish_one(row: Row, work: Work) -> ReportRow:
         output=row["output"] if restored else None,
         finish_seconds=time.perf_counter() - started if restored else None,
         finished_at=datetime.now(UTC),
+        protocol=work.protocol if row["reference"] is not None else None,
         **scores,
     )
 
@@ -222,16 +226,20 @@ def _score_one(row: Row, work: Work) -> dict[str, Any]:
         before, after = score(degraded, reference, protocol), score(restored, reference, protocol)
     except ValueError as error:
         raise _Mismatch(Status.MISMATCHED, f"cannot be scored as {protocol.name}: {error}") from error
-    return {"protocol": protocol.name, **_columns(before, "_input"), **_columns(after, "")}
+    return {**_columns(before, "_input"), **_columns(after, "")}
 
 
 def _columns(scores: Scores, suffix: str) -> dict[str, float | None]:
     return {f"{name}{suffix}": value for name, value in asdict(scores).items()}
 
 
-def _restored_picture(row: Row) -> Picture:
+def _encode(row: Row) -> bytes:
+    """The restored image in its source's format and depth. Raises _Mismatch when that cannot be written."""
     restored = quantize(_pixels(row, "restored", row["restored_dtype"]), row["dtype"])
-    return Picture(restored, row["format"], row["icc"], row["exif"])
+    try:
+        return encode(Picture(restored, row["format"], row["icc"], row["exif"]))
+    except ValueError as error:
+        raise _Mismatch(Status.REFUSED, f"read, but cannot be written back: {error}") from error
 
 
 def _read(prefix: str, key: str, max_pixels: int) -> Picture:

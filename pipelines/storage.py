@@ -3,6 +3,7 @@
 A `Store` is a prefix. Keys are relative to it, with '/' between their parts, and cannot leave it.
 """
 
+import os
 import posixpath
 import uuid
 from collections.abc import Iterator
@@ -39,7 +40,14 @@ def check_key(key: str) -> str:
     parts = key.split("/")
     if any(part in {"", ".", ".."} for part in parts) or "\0" in key or "\\" in key:
         raise UnsafeKey(f"key {key!r} is not a plain relative path: rename the file without '..', '//' or '\\'")
+    if readable(key) != key:
+        raise UnsafeKey(f"key {readable(key)!r} is not UTF-8: rename the file")
     return key
+
+
+def readable(key: str) -> str:
+    """`key` with bytes that are no UTF-8 written out (caf\\xe9.png), so that any table and terminal can hold it."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Store:
@@ -72,15 +80,21 @@ class Store:
         Raises:
             StorageError: the prefix does not exist or cannot be listed.
         """
+        hint = "check the path, the bucket and the credentials"
         try:
             if not self.fs.exists(self.root):
-                raise StorageError(f"nothing at {self.url()}: check the path, the bucket and the credentials")
-            found: dict[str, Any] = self.fs.find(self.root, detail=True)
-        except (OSError, PermissionError) as error:
-            raise StorageError(f"cannot list {self.url()}: {error}") from error
+                raise StorageError(f"nothing at {self.url()}: {hint}")
+            if self.fs.isfile(self.root):
+                raise StorageError(f"{self.url()} is a file: give the folder it lies in, and its name with --include")
+            found = _find_local(self.root) if self.is_local else self.fs.find(self.root, detail=True)
+        except StorageError:
+            raise
+        except Exception as error:  # every fsspec backend has its own (botocore's are no OSErrors)
+            raise StorageError(f"cannot list {self.url()}: {type(error).__name__}: {error}: {hint}") from error
+        prefix = self.root.rstrip("/") + "/"
         for path in sorted(found):
             info = found[path]
-            yield Entry(posixpath.relpath(path, self.root), int(info["size"]), _fingerprint(info))
+            yield Entry(path.removeprefix(prefix), int(info["size"]), _fingerprint(info))
 
     def exists(self, key: str) -> bool:
         """Whether `key` is there."""
@@ -96,9 +110,9 @@ class Store:
         if self.fs.protocol in _WHOLE_PUT or _WHOLE_PUT.intersection(self.fs.protocol):
             self.fs.pipe_file(path, data)
             return
-        folder, name = posixpath.split(path)
+        folder = posixpath.dirname(path)
         self.fs.makedirs(folder, exist_ok=True)
-        part = f"{folder}/.{name[:80]}.{uuid.uuid4().hex}.part"
+        part = f"{folder}/.{uuid.uuid4().hex}.part"  # short: the name itself may have all the bytes allowed
         try:
             self.fs.pipe_file(part, data)
             if self.is_local:
@@ -122,6 +136,32 @@ def open_url(url: str) -> tuple[Store, str]:
     """Split the URL of one file into its folder's store and its name there."""
     folder, _, name = url.rpartition("/")
     return Store(folder or "/"), name
+
+
+def _find_local(root: str) -> dict[str, dict[str, Any]]:
+    """Every file below `root`. Linked folders are entered (data sets are often links), a loop of links only once.
+
+    fsspec's own walk leaves out linked folders and folders that cannot be read, without a word.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    entered, waiting = set[str](), [root]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in entered:
+            continue
+        entered.add(real)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    waiting.append(entry.path)
+                    continue
+                try:
+                    stat = entry.stat()
+                except OSError:  # a link to nothing: it has a row, and reading it says why
+                    stat = entry.stat(follow_symlinks=False)
+                found[entry.path] = {"size": stat.st_size, "mtime": stat.st_mtime_ns}
+    return found
 
 
 def _fingerprint(info: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ def locate(checkpoint: str) -> Path:
         return bundled
     if "://" in checkpoint:
         name = hashlib.sha256(checkpoint.encode()).hexdigest()[:16] + "-" + checkpoint.rpartition("/")[2]
-        return _fetch(checkpoint, cache_folder() / name)
+        return _fetch(checkpoint, cache_folder() / name, None)
     if entry is None:
         path = Path(checkpoint).expanduser().absolute()
         if not path.is_file():
@@ -40,14 +40,14 @@ def locate(checkpoint: str) -> Path:
             f"(github.com/megvii-research/NAFNet) and put it at {target}"
         )
     try:
-        return _fetch(entry.url, target)
+        return _fetch(entry.url, target, entry.sha256)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. Without network: put {entry.file} (SHA-256 {entry.sha256}) at {target}, or give its path"
         ) from error
 
 
-def _fetch(url: str, target: Path) -> Path:
+def _fetch(url: str, target: Path, sha256: str | None) -> Path:
     if target.is_file():
         return target
     # Here, not above: the model library alone, without fsspec, must still find files and bundled weights.
@@ -57,8 +57,11 @@ def _fetch(url: str, target: Path) -> Path:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         store, name = open_url(url)
-        part.write_bytes(store.read(name))
-    except (OSError, StorageError) as error:
+        data = store.read(name)
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageError(f"it holds {len(data)} bytes of another SHA-256")
+        part.write_bytes(data)
+    except Exception as error:  # every fsspec backend has its own
         part.unlink(missing_ok=True)
         raise CheckpointError(f"could not fetch {url}: {type(error).__name__}: {error}") from error
     part.replace(target)

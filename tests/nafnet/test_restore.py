@@ -352,8 +352,8 @@ def test_load_says_what_is_wrong(tmp_path):
 
 def test_the_bundled_network_removes_noise():
     restorer = Restorer.load("demo")
-    assert restorer.recipe.tlc
-    assert restorer.recipe.train_size == catalog.CATALOG["demo"].train_size
+    assert restorer.recipe.tlc == catalog.CATALOG["demo"].tlc
+    assert Restorer.load("demo", tlc=True).recipe.train_size == catalog.CATALOG["demo"].train_size
     clean = scene(10**8, 160)
     noisy = metrics.quantize(gaussian_noise(to_float(clean), 25 / 255, np.random.default_rng(0)), np.uint8)
     before = metrics.psnr(noisy, clean, data_range=255)

@@ -77,6 +77,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, checkpoint_file: Path) -> None:
         (["restore", "/a", "/b", "--actors", "0", "--halo", "-1"], "--halo: .*\n.*--actors: "),
         (["train", "x.safetensors", "--enc-blocks", "a,b"], "--enc-blocks takes numbers"),
         (["train", "x.safetensors", "--crop", "50"], "crop_px must be a multiple of 16"),
+        (["train", "x.pth"], "must end in .safetensors"),
         (["info", __file__], "not a whole PyTorch file"),
         (["score", "/nowhere", "/nowhere"], "nothing at /nowhere"),
     ],
@@ -100,12 +101,14 @@ def test_score_compares_two_folders(tmp_path: Path) -> None:
     for i, offset in enumerate((0, 1, 2)):
         write(tmp_path / "a", f"{i}.png", np.full((16, 16, 3), 100, np.uint8))
         write(tmp_path / "b", f"{i}.png", np.full((16, 16, 3), 100 + offset, np.uint8))
-    (tmp_path / "b" / "0.png").unlink()
+    write(tmp_path / "a", "alone.png", np.zeros((16, 16, 3), np.uint8))
+    (tmp_path / "a" / "notes.txt").write_text("not an image, not scored")
     done = nafnet("score", tmp_path / "a", tmp_path / "b")
     assert done.returncode == 1
-    assert "0.png: no reference of that name" in done.stdout
+    assert "alone.png: no reference of that name" in done.stdout
+    assert "1 images equal their reference: not in the mean PSNR" in done.stdout
     assert " 48.1308 " in done.stdout
-    assert re.search(r"^ 45\.1205 .* mean of 2 under protocol stored$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ 45\.1205 .* mean of 3 under protocol stored$", done.stdout, re.MULTILINE)
 
 
 def test_train_makes_a_checkpoint_that_info_reads(tmp_path: Path) -> None:
@@ -132,6 +135,6 @@ def test_the_model_library_works_without_the_batch_system(tmp_path: Path) -> Non
     used = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert used.stdout.strip() == "(8, 9, 3)", used.stderr
     assert "width 16" in nafnet("info", "demo", env=env).stdout
-    refused = nafnet("restore", tmp_path, tmp_path / "out", env=env)
+    refused = nafnet("restore", tmp_path / "in", tmp_path / "out", env=env)
     assert refused.returncode != 0
     assert "pip install 'nafnet-pipelines[pipelines]'" in refused.stderr

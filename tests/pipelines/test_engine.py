@@ -17,7 +17,7 @@ from pipelines import engine
 from pipelines.engine import Cluster, Placement, Pool
 from pipelines.manifest import plan
 from pipelines.settings import RestoreJob
-from pipelines.stages import RestoreActor, Work
+from pipelines.stages import RestoreActor, Work, fetch
 
 
 class PoisonedActor(RestoreActor):
@@ -31,10 +31,17 @@ class PoisonedActor(RestoreActor):
         return super()._restore_one(row)
 
 
+def poisoned_fetch(batch: pa.Table, work: Work) -> pa.Table:
+    """Dies while it reads one key, as a decoder does that meets a crafted file."""
+    if any("kills its reader" in key for key in batch["key"].to_pylist()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fetch(batch, work)
+
+
 def test_what_kills_its_process_is_found_and_the_rest_is_restored(
     tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [f"{i:02d}.png" for i in range(10)] + ["poison.png", "with a bug.png"]
+    names = [f"{i:02d}.png" for i in range(10)] + ["kills its reader.png", "poison.png", "with a bug.png"]
     (tmp_path / "in").mkdir()
     for name in names:
         (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
@@ -51,6 +58,7 @@ def test_what_kills_its_process_is_found_and_the_rest_is_restored(
         max_pixels=10**6,
     )
     monkeypatch.setattr(engine, "RestoreActor", PoisonedActor)
+    monkeypatch.setattr(engine, "fetch", poisoned_fetch)
     monkeypatch.setattr(engine, "_BLOCK_ROWS", 4)  # the poison has innocent neighbours
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
     got: list[pa.Table] = []
@@ -59,36 +67,58 @@ def test_what_kills_its_process_is_found_and_the_rest_is_restored(
     rows = pa.concat_tables(got)
     assert Counter(rows["key"].to_pylist()) == Counter(names)  # each exactly once
     ends = dict(zip(rows["key"].to_pylist(), rows["status"].to_pylist(), strict=True))
-    assert ends == {**dict.fromkeys(names, "restored"), "poison.png": "crashed"}
-    (reason,) = (row["reason"] for row in rows.to_pylist() if row["key"] == "poison.png")
-    assert "the process died each time it held this image" in reason
+    dead = {"poison.png": "crashed", "kills its reader.png": "crashed"}
+    assert ends == {**dict.fromkeys(names, "restored"), **dead}
+    reasons = [row["reason"] for row in rows.to_pylist() if row["key"] in dead]
+    assert all("the process died each time it held this image" in reason for reason in reasons)
 
 
 def test_blocks_are_balanced_by_bytes_and_bounded_in_rows() -> None:
     sizes = [5_000_000, 5_000_000, 9_000_000, *[1000] * 70]
     blocks = engine._blocks(pa.table({"key": [str(i) for i in range(len(sizes))], "size": sizes}))
-    assert [len(block) for block in blocks] == [1, 1, 1, 32, 32, 6]
+    assert [len(block) for block in blocks] == [1, 1, 1, 16, 16, 16, 16, 6]
     assert pa.concat_tables(blocks)["key"].to_pylist() == [str(i) for i in range(len(sizes))]
 
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "actors", "gpus_per_actor", "expected"),
     [
+        (1, 0, None, 0, (Pool(1, 0.1, 0), 1)),
         (2, 0, None, 0, (Pool(1, 1, 0), 2)),
+        (2, 0, 2, 0, (Pool(2, 0.5, 0), 1)),
         (16, 0, None, 0, (Pool(4, 3, 0), 4)),
         (16, 0, 2, 0, (Pool(2, 7, 0), 8)),
-        (8, 4, None, 0.5, (Pool(8, 1, 0.5), 1)),
+        (8, 4, None, 0.5, (Pool(8, 0.8, 0.5), 1)),
+        (8, 4, None, 0.6, (Pool(4, 1, 0.6), 1)),
         (8, 4, 2, 1, (Pool(2, 1, 1), 1)),
     ],
 )
 def test_the_pool_fits_the_cluster(
     cpus: int, gpus: float, actors: int | None, gpus_per_actor: float, expected: tuple[Pool, int]
 ) -> None:
-    assert Cluster(cpus, gpus, 1, "").pool(actors, gpus_per_actor) == expected
+    assert Cluster(cpus, cpus, gpus, 1, "").pool(actors, gpus_per_actor) == expected
 
 
 def test_a_pool_that_would_wait_for_ever_is_refused() -> None:
     with pytest.raises(ValueError, match="the cluster has 0 GPUs"):
-        Cluster(4, 0, 1, "").pool(None, 1)
-    with pytest.raises(ValueError, match="at most 3"):
-        Cluster(4, 0, 1, "").pool(4, 0)
+        Cluster(4, 4, 0, 1, "").pool(None, 1)
+    with pytest.raises(ValueError, match="the cluster has 4 CPUs"):
+        Cluster(4, 4, 0, 1, "").pool(5, 0)
+
+
+def test_an_actor_fits_on_one_node() -> None:
+    pool, threads = Cluster(cpus=16, node_cpus=8, gpus=0, nodes=2, version="").pool(1, 0)
+    assert (pool.cpus, threads) == (7, 8)
+
+
+def test_a_job_that_can_process_nothing_raises_what_it_met(tmp_path: Path, checkpoint_file: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
+    (tmp_path / "out").write_bytes(b"a file where the output folder should be")
+    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    recipe = Restorer.load(checkpoint_file).recipe
+    work = Work(job.source, None, job.output, str(checkpoint_file), recipe, "stored", "cpu", 10**6)
+    pairs = plan(job.model_copy(update={"output": str(tmp_path / "elsewhere")}), recipe.hash, "stored").pairs
+    with pytest.raises(RuntimeError, match=r"no image could be processed; the first one met .*scoring or writing it"):
+        engine.run(pairs, work, Placement(), lambda _: None)

@@ -73,7 +73,7 @@ def test_bad_images_among_good_ones_then_resume(
     assert {k: v for k, v in summary["counts"].items() if v} == counts
     run = json.loads((output / "run.json").read_text())
     assert run["recipe"]["hash"] == rows["seq/0.png"]["recipe"]
-    assert run["plan"] == {"matched": 11, "restored_now": 10, "finished_before": 0}
+    assert run["plan"] == {"matched": 11, "attempted": 10, "finished_before": 0}
     page = (output / "report.html").read_text()
     assert "no reference.png" in page
     assert "5 restored" in page

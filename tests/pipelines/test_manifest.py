@@ -1,5 +1,6 @@
 """Listing, pairing, and leaving out what is finished."""
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -81,6 +82,24 @@ def test_what_is_finished_is_left_out_until_it_changes(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.png").write_bytes(b"changed")
     make(tmp_path / "in", "new.png")
     assert plan(job(tmp_path), "r", "stored").pairs["key"].to_pylist() == ["a.png", "new.png"]
+
+
+def test_another_recipe_in_between_makes_the_first_be_done_again(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.png")
+    pairs = plan(job(tmp_path), "first", "stored").pairs
+    writer = PartWriter(Store(str(tmp_path / "out")))
+    for recipe in ("first", "second"):
+        writer.write(report_rows(pairs, "restored", recipe))
+    assert len(plan(job(tmp_path), "second", "stored").pairs) == 0
+    assert len(plan(job(tmp_path), "first", "stored").pairs) == 1  # its image was replaced
+
+
+def test_a_name_that_is_not_text_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
+    make(tmp_path / "in", "good.png", os.fsdecode(b"caf\xe9.png"))
+    todo = plan(job(tmp_path), "r", "stored")
+    assert todo.pairs["key"].to_pylist() == ["good.png"]
+    assert todo.decided["key"].to_pylist() == ["caf\\xe9.png"]
+    assert todo.keys.to_pylist() == ["caf\\xe9.png", "good.png"]
 
 
 def test_a_reference_that_comes_or_changes_makes_its_image_be_done_again(tmp_path: Path) -> None:

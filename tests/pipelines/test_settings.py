@@ -36,6 +36,8 @@ def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPat
         ("/a", "/a", None, "lies inside"),
         ("/a", "/b/out", "/b", "output /b/out lies inside reference /b"),
         ("/a", "/b", "/a", "the same place"),
+        ("/a", "file:///a/out", None, "lies inside"),
+        ("/x/../a", "/a/out", None, "lies inside"),
     ],
 )
 def test_places_must_not_overlap(source: str, output: str, reference: str | None, words: str) -> None:
@@ -49,5 +51,13 @@ def test_a_folder_whose_name_only_begins_alike_is_another_place() -> None:
 
 def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
     with pytest.raises(ValidationError, match="never into a URL") as caught:
-        RestoreJob(source="s3://key:hunter2@bucket/in", output="/out")
+        RestoreJob(source="s3://key:hunter2@bucket/in", output="/out", checkpoint="https://me:hunter2@host/w.pth")
     assert "hunter2" not in str(caught.value)
+    assert {error["loc"][0] for error in caught.value.errors()} == {"source", "checkpoint"}
+    with pytest.raises(ValidationError, match="may hold a signature"):
+        RestoreJob(source="/in", output="/out", checkpoint="https://host/w.pth?X-Amz-Signature=hunter2")
+
+
+def test_account_names_are_no_credentials() -> None:
+    url = "abfs://container@account.dfs.core.windows.net/x"
+    assert RestoreJob(source=url, output="/out").source == url

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from pipelines.storage import StorageError, Store, UnsafeKey, check_key, open_url
 
@@ -61,6 +62,36 @@ def test_a_failed_local_write_leaves_the_old_content_and_no_litter(
         store.write("k", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["k"]
     assert (tmp_path / "k").read_bytes() == b"old"
+
+
+def test_linked_folders_are_entered_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").write_bytes(b"x")
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "a" / "loop").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "gone.png").symlink_to(tmp_path / "nothing")
+    assert [entry.key for entry in Store(str(tmp_path / "root")).list()] == ["gone.png", "linked/1.png"]
+
+
+def test_keys_that_only_look_alike_stay_apart() -> None:
+    store = Store("memory://alike")
+    for path in ("/alike/a//b.png", "/alike/a/b.png"):  # past the file system's own tidying, as an S3 client may do
+        store.fs.store[path] = MemoryFile(store.fs, path, b"x")
+    assert [entry.key for entry in store.list()] == ["a//b.png", "a/b.png"]
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(b"x")
+    with pytest.raises(StorageError, match="is a file: give the folder"):
+        list(Store(str(tmp_path / "photo.png")).list())
+
+
+def test_the_longest_names_can_be_written(tmp_path: Path) -> None:
+    name = "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 80 + ".png"  # 244 of the 255 bytes that a name may have
+    store = Store(str(tmp_path))
+    store.write(name, b"x")
+    assert store.read(name) == b"x"
 
 
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../../up", "a//b", "./a", "a/.", "nul\0", "a\\b"])
