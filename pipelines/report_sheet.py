@@ -147,7 +147,7 @@ def _scores(title: str, row: dict[str, Any]) -> str:
     psnr = row[f"psnr{suffix}"]
     ssim = row[f"ssim_2d{suffix}"] if row[f"ssim_2d{suffix}"] is not None else row[f"ssim_3d{suffix}"]
     texts = ["" if psnr is None else "identical" if np.isinf(psnr) else f"{psnr:.2f}\u00a0dB"]
-    texts += ["" if ssim is None else f"SSIM\u00a0{ssim:.4f}"]
+    texts += ["" if ssim is None else f"SSIM\u00a02D\u00a0{ssim:.4f}"]
     return " · ".join(text for text in texts if text)
 
 

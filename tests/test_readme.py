@@ -46,7 +46,7 @@ def test_commands_print_what_is_shown(place: Path) -> None:
             done = subprocess.run(
                 command, shell=True, cwd=place, env=environment(place), capture_output=True, text=True, check=False
             )
-            printed = {shape(line).replace(str(place), "~") for line in (done.stdout + done.stderr).splitlines()}
+            printed = {shape(line.replace(str(place), "~")) for line in (done.stdout + done.stderr).splitlines()}
             missing = [
                 line for line in shown.splitlines() if line.strip() != "..." and shape(line) not in printed | {""}
             ]
