@@ -145,9 +145,12 @@ def _scores(title: str, row: dict[str, Any]) -> str:
     if suffix is None:
         return ""
     psnr = row[f"psnr{suffix}"]
-    ssim = row[f"ssim_2d{suffix}"] if row[f"ssim_2d{suffix}"] is not None else row[f"ssim_3d{suffix}"]
     texts = ["" if psnr is None else "identical" if np.isinf(psnr) else f"{psnr:.2f}\u00a0dB"]
-    texts += ["" if ssim is None else f"SSIM\u00a02D\u00a0{ssim:.4f}"]
+    planar, volume = row[f"ssim_2d{suffix}"], row[f"ssim_3d{suffix}"]
+    if planar is not None:
+        texts.append(f"SSIM\u00a02D\u00a0{planar:.4f}")
+    elif volume is not None:  # a side below 11 px has no other
+        texts.append(f"SSIM\u00a03D\u00a0{volume:.4f}")
     return " · ".join(text for text in texts if text)
 
 

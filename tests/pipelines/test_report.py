@@ -258,7 +258,7 @@ def test_page_shows_headline_crops_plots_and_run(output: Store, photos: list[dic
     assert "8 images: 3 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 1 crashed." in page.text
     for label, key, gain in (("worst", "a.png", 1), ("median", "b.png", 2), ("best", "sub/c.png", 3)):
         assert f"{label} {key} +{gain}.00 dB" in page.text
-    assert "restored 23.00 dB · SSIM\u00a02D\u00a00.7500" in page.text
+    assert "restored 23.00 dB · SSIM 2D 0.7500" in page.text
     assert page.tags.count("svg") == 3
     assert len(page.values("img", "src")) == 9
     assert page.values("img", "width") == ["256"] * 6 + ["97"] * 3
