@@ -8,7 +8,6 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ import typer
 
 from nafnet import catalog, checkpoint
 from nafnet.model import Activation, Attention, NetConfig, Network, Norm, Sigma, multiply_adds, parameters
-from nafnet.restore import Precision, Restorer, memory_bytes
+from nafnet.restore import Precision, memory_bytes
 from nafnet.tlc import windows
 
 app = typer.Typer(
@@ -309,11 +308,12 @@ def _dry_run(job: Any) -> None:
     from pipelines.estimate import estimate
     from pipelines.flows import prepare
     from pipelines.manifest import plan
+    from pipelines.stages import load_restorer
     from pipelines.storage import Store
 
     prepared = prepare(job)
     todo = plan(job, prepared.recipe.hash, prepared.protocol)
-    restorer = Restorer.load(prepared.weights, **_load_options(prepared.recipe))
+    restorer = load_restorer(prepared.weights, prepared.recipe)
     cost = estimate(todo, Store(job.source), restorer, max_pixels=int(job.max_megapixels * 1e6))
     print(f"images     {todo.matched} match: {len(todo.pairs)} to restore, {todo.finished} finished, ", end="")
     print(f"{len(todo.decided)} that cannot be")
@@ -325,12 +325,6 @@ def _dry_run(job: Any) -> None:
         print(f"memory     about {cost.memory_bytes / 2**30:.1f} GiB an actor")
         print(f"time       about {cost.seconds:.0f} s in the network with one actor like this machine")
     print("nothing was written")
-
-
-def _load_options(recipe: Any) -> dict[str, Any]:
-    options = asdict(recipe)
-    del options["weights"]
-    return options
 
 
 def _job(given: dict[str, Any]) -> Any:

@@ -114,27 +114,29 @@ def _fetch_one(row: Row, work: Work) -> Row:
     }
 
 
+def load_restorer(weights: str, recipe: Recipe, *, device: str = "cpu") -> Restorer:
+    """The restorer that a settled recipe describes, from `weights` as a person names them (file, URL, catalog name).
+
+    Raises:
+        CheckpointError, ValueError: the weights cannot be found or read here, or are not those of the recipe.
+    """
+    options = asdict(recipe)
+    del options["weights"]
+    restorer = Restorer.load(locate(weights), **options, device=device)
+    if restorer.recipe != recipe:
+        raise ValueError(f"{weights} is another file here than where the job was planned: {recipe.weights}")
+    return restorer
+
+
 class RestoreActor:
     """Holds the network, built once, and restores the pixels of each row that is on its way."""
 
     def __init__(self, work: Work) -> None:
         """Load and check the weights. Raises CheckpointError or ValueError when they are not the recipe's."""
         torch.set_num_threads(work.threads)
-        recipe = work.recipe
         self.work = work
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
-        self.restorer = Restorer.load(
-            locate(work.weights),
-            tlc=recipe.tlc,
-            train_size=recipe.train_size,
-            precision=recipe.precision,
-            tile=recipe.tile,
-            halo=recipe.halo,
-            tf32=recipe.tf32,
-            device=work.device,
-        )
-        if self.restorer.recipe != recipe:
-            raise ValueError(f"{work.weights} is another file here than where the job was planned: {recipe.weights}")
+        self.restorer = load_restorer(work.weights, work.recipe, device=work.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`PIXEL_SCHEMA` in and out."""

@@ -56,7 +56,10 @@ def test_restore_prints_what_came_of_it_and_nothing_else(
 def test_dry_run_writes_nothing(tmp_path: Path, checkpoint_file: Path) -> None:
     for i in range(20):
         write(tmp_path / "in", f"{i}.png", np.zeros((100, 200, 3), np.uint8))
-    done = nafnet("restore", tmp_path / "in", tmp_path / "out", "--checkpoint", checkpoint_file, "--dry-run")
+    words = ["restore", tmp_path / "in", tmp_path / "out", "--dry-run", "--checkpoint"]
+    env = {**os.environ, "NAFNET_CACHE": str(tmp_path / "cache")}
+    assert nafnet(*words, f"file://{checkpoint_file}", env=env).returncode == 0
+    done = nafnet(*words, checkpoint_file)
     assert done.returncode == 0, done.stderr
     assert "20 match: 20 to restore, 0 finished, 0 that cannot be" in done.stdout
     assert "megapixels about 0.4 (from 10 images; largest 200x100, no tiles)" in done.stdout
