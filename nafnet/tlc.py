@@ -27,8 +27,7 @@ def windows(config: NetConfig, train_size: int) -> tuple[int, ...]:
 def localize(network: Network, train_size: int) -> Network:
     """Turn every attention's global mean into a local one, in place; the weights stay as they are."""
     sides = windows(network.config, train_size)
-    levels = config_levels(network)
-    for level, blocks in levels:
+    for level, blocks in _groups(network):
         for block in blocks:
             attention = block.sca or block.se if isinstance(block, Block) else None
             if attention is not None:
@@ -36,7 +35,7 @@ def localize(network: Network, train_size: int) -> Network:
     return network
 
 
-def config_levels(network: Network) -> list[tuple[int, nn.Sequential]]:
+def _groups(network: Network) -> list[tuple[int, nn.Sequential]]:
     """Each group of blocks with its level: 0 at full resolution, one more for every halving."""
     depth = network.config.levels
     groups = [(level, group) for level, group in enumerate(network.encoders)]
