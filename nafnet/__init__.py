@@ -4,7 +4,8 @@ from nafnet.checkpoint import CheckpointError
 from nafnet.images import Picture, RefusedImage, UnreadableImage, decode, encode
 from nafnet.metrics import psnr, ssim_2d, ssim_3d
 from nafnet.model import NetConfig, Network
-from nafnet.restore import Recipe, Restorer
+from nafnet.recipe import Recipe, Step
+from nafnet.restore import Restored, Restorer
 
 __version__ = "0.1.0"
 
@@ -15,7 +16,9 @@ __all__ = [
     "Picture",
     "Recipe",
     "RefusedImage",
+    "Restored",
     "Restorer",
+    "Step",
     "UnreadableImage",
     "decode",
     "encode",

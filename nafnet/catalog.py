@@ -20,7 +20,7 @@ class CatalogEntry:
 
     Attributes:
         tlc, train_size: whether its scores were published with TLC, and the training crops' side (px).
-        protocol: the name of its scoring protocol (`nafnet.metrics.PROTOCOLS`).
+        protocol: the name of its scoring protocol (`nafnet.conventions.PROTOCOLS`).
         psnr, ssim_3d: published means on the protocol's data set; None for the bundled weights.
     """
 

@@ -1,9 +1,10 @@
-"""PSNR and SSIM as the deblurring and denoising papers report them, and the protocols they belong to.
+"""PSNR and SSIM as the deblurring and denoising papers report them.
 
 The data range is always given: the reference implementation guesses it from `max() <= 1`, and one float
 pixel at 1.0001 then adds 48 dB. Two SSIMs are in use and differ in the second decimal, so both carry their
 dimension: `ssim_2d` filters each channel (BasicSR, MMagic, scikit-image), `ssim_3d` filters across the
-channels as well (`_ssim_3d` in the authors' basicsr/metrics/psnr_ssim.py, the one the paper prints).
+channels as well (`_ssim_3d` in the authors' basicsr/metrics/psnr_ssim.py, the one the paper prints). Which of
+them a score is, and of what, is its convention (`nafnet.conventions`).
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from nafnet.conventions import Convention
 
 Image = npt.NDArray[Any]
 _Float = npt.NDArray[np.float64]
@@ -28,33 +31,15 @@ _LUMA_BLACK = 16 / 255
 
 
 @dataclass(frozen=True, slots=True)
-class Protocol:
-    """What is scored against what."""
-
-    name: str
-    rounds: bool  # a float prediction is rounded to integers first, as if written to a file and read back
-    images: int | None  # in the published test set; None where there is none
-    bit_depth: int | None  # of the reference; None: any, its own maximum is the data range
-
-
-PROTOCOLS: dict[str, Protocol] = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol("gopro", rounds=True, images=1111, bit_depth=8),
-        Protocol("reds", rounds=True, images=300, bit_depth=8),
-        Protocol("sidd", rounds=False, images=1280, bit_depth=8),
-        Protocol("stored", rounds=True, images=None, bit_depth=None),
-    )
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Scores:
-    """One image's scores: `psnr` in dB (inf when identical), `ssim_2d` None where a side is below 11 px."""
+    """One image's scores: `psnr` in dB, inf when identical.
+
+    `ssim_3d` is None under a profile that has no such score, `ssim_2d` where a side is below 11 px.
+    """
 
     psnr: float
     ssim_2d: float | None
-    ssim_3d: float
+    ssim_3d: float | None
 
 
 def psnr(restored: Image, reference: Image, *, data_range: float, crop_border: int = 0) -> float:
@@ -105,32 +90,40 @@ def y_channel(image: Image) -> _Float:
     return colour @ _LUMA + _LUMA_BLACK * data_range_of(image.dtype)
 
 
-def score(prediction: Image, reference: Image, protocol: Protocol) -> Scores:
-    """All three scores of one image under `protocol`.
+def score(prediction: Image, reference: Image, convention: Convention) -> Scores:
+    """The scores of one image under `convention`.
 
     Both are (H, W, C) with C in 1..4, uint8, uint16 or float in [0, 1]; alpha (second of 2, fourth of 4) is
-    ignored. `gopro`, `reds`: uint8 against uint8, a float prediction clipped and rounded to uint8. `sidd`:
-    the prediction clipped to [0, 1] and not rounded, against reference / 255. `stored`: the prediction
-    quantized as the reference is. Raises ValueError when sizes differ, when a side has another depth than
-    the protocol scores, or for values that are not finite.
+    ignored. A convention that rounds quantizes the prediction as the reference is: clipped and rounded, data range
+    255, 65535, or 1 for floats. One that does not clips it to [0, 1] and scores it against reference / 255 (or
+    / 65535) in the prediction's precision, data range 1. Then the border is cropped, then the luma taken; grey is
+    its own luma, as in BasicSR (MMagic has no Y channel of grey).
+
+    All arithmetic is float64. Theirs is float32 in places (BasicSR's luma, all of MMagic), which moves PSNR by
+    less than 1e-4 dB and SSIM by less than 1e-6 on photographs, on flat bright images up to 1e-4.
+
+    Raises ValueError when sizes differ, when the crop leaves nothing, when a side has another depth than the
+    convention scores, or for values that are not finite.
     """
     reference = _without_alpha(reference, "reference")
     prediction = _without_alpha(prediction, "prediction")
-    if protocol.bit_depth == 8 and reference.dtype != np.uint8:
+    if convention.bit_depth == 8 and reference.dtype != np.uint8:
         raise ValueError(
-            f"protocol {protocol.name!r} scores against uint8 references, got {reference.dtype}; "
+            f"protocol {convention.protocol!r} scores against uint8 references, got {reference.dtype}; "
             "use protocol 'stored' for other depths"
         )
-    if protocol.rounds:
-        data_range = data_range_of(reference.dtype)
+    if convention.rounds:
         prediction = quantize(prediction, reference.dtype)
     else:
-        data_range = 1.0
         prediction = _as_unit(prediction)
-        reference = reference / 255.0
-    prediction, reference = _pair(prediction, reference, data_range, 0)
+        reference = _as_unit(reference).astype(prediction.dtype, copy=False)  # v / 255 in float32 equals itself
+    data_range = data_range_of(reference.dtype)
+    prediction, reference = _pair(prediction, reference, data_range, convention.crop_border)
+    if convention.y_channel:
+        prediction, reference = y_channel(prediction)[:, :, None], y_channel(reference)[:, :, None]
     planar, volume = _ssims(prediction, reference, data_range)
-    return Scores(_psnr(prediction, reference, data_range), planar, volume)
+    known = "ssim_3d" in convention.scores
+    return Scores(_psnr(prediction, reference, data_range), planar, volume if known else None)
 
 
 def data_range_of(dtype: np.dtype[Any]) -> float:

@@ -23,7 +23,7 @@ Activation = Literal["gate", "gelu", "relu"]
 Attention = Literal["sca", "ca", "none"]
 Sigma = Literal["identity", "relu", "gelu", "sigmoid", "silu"]
 
-_SIGMAS: dict[Sigma, Callable[[Tensor], Tensor]] = {
+SIGMAS: dict[Sigma, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -183,7 +183,7 @@ class Block(nn.Module):
     def _activate(self, y: Tensor) -> Tensor:
         if self.activation == "gate":  # paper eq. 3 and Table 5
             first, second = y.chunk(2, dim=1)
-            return first * _SIGMAS[self.sigma](second)
+            return first * SIGMAS[self.sigma](second)
         return F.gelu(y) if self.activation == "gelu" else F.relu(y)
 
 

@@ -1,207 +1,391 @@
-"""One image in, one image out: a `Recipe` says all that decides the pixels, a `Restorer` carries it out."""
+"""One image in, one image out: everything between pixels of a file and the network."""
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from nafnet import catalog, checkpoint
+from nafnet.device import DeviceNetwork
+from nafnet.memory import DTYPES, available_bytes, is_out_of_memory, process_bytes, rungs
 from nafnet.metrics import data_range_of, quantize
-from nafnet.model import NetConfig, Network, parameters
-from nafnet.tiling import Tile, plan_tiles, restore_tiles
+from nafnet.model import Network, parameters
+from nafnet.recipe import Precision, Recipe, Step, Tile
+from nafnet.strips import StripNetwork
+from nafnet.tiling import Tile as Piece
+from nafnet.tiling import least_tile, plan_tiles, restore_tiles
 from nafnet.tlc import localize, windows
 
-Precision = Literal["float32", "bf16", "float16"]
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float32]
 
-_DTYPES: dict[Precision, torch.dtype] = {
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_LIBRARIES_BYTES = 500 * 2**20  # a process that has imported torch and Ray, before it restores anything
-_PIXELS_REVISION = 1  # raised when a change to this package changes restored pixels beyond rounding
+# Low precision is given up when on a crop of the first image it agrees with float32 by less than this. An error 50 dB
+# below full range takes 0.02 dB from an image that is restored to 27 dB, and 0.09 dB at 33 dB.
+AGREEMENT_DB = 50.0
+_CROP_PX = 256
+# A result that differs from its input by more than this (root mean square, of full range) is not a restoration of it:
+# the strongest noise that networks are trained on (sigma 50 of 255) is 0.2.
+SUSPECT_RMS = 0.25
+_BAND_VALUES = 2**22  # converted at once between integers and floats
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """All that decides the pixels, and nothing else: equal recipes restore an image equally, on any machine.
+@dataclass(frozen=True, slots=True, eq=False)
+class Restored:
+    """A restored image, and what it took.
 
     Attributes:
-        weights: SHA-256 of the checkpoint file.
-        tlc: local attention windows (see `nafnet.tlc`) instead of global means.
-        train_size: side of the training crops in px, which fixes the windows; None without TLC.
-        precision: dtype of the network; the image itself stays float32.
-        tile: side of the tiles in px, or None for the whole image at once.
-        halo: px around a tile that are restored and thrown away; 0 without tiles.
-        tf32: on NVIDIA GPUs, let float32 convolutions round their inputs to 10 bits.
+        pixels: of the input's shape and dtype.
+        tile: side of the tiles in px, None when the image went through whole.
+        tiles: how many there were; 1 for a whole image.
+        precision: of the networks that made it, after any fallback.
+        suspect: why the result was given up and `pixels` is the input; None for a restored image.
+        note: what went otherwise than asked (a fallback, memory that ran out); None for nothing.
     """
 
-    weights: str
-    tlc: bool = True
-    train_size: int | None = 256
-    precision: Precision = "float32"
-    tile: int | None = None
-    halo: int = 192
-    tf32: bool = False
-
-    def __post_init__(self) -> None:
-        """Drop what has no effect, so that recipes that act alike hash alike; ValueError for impossible ones."""
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
-        if self.tlc and (self.train_size is None or self.train_size < 1):
-            raise ValueError(f"TLC needs the side of the training crops: train_size is {self.train_size}")
-        if self.halo < 0:
-            raise ValueError(f"halo is a number of px, got {self.halo}")
-        if not self.tlc:
-            object.__setattr__(self, "train_size", None)
-        if self.tile is None:
-            object.__setattr__(self, "halo", 0)
-
-    @property
-    def hash(self) -> str:
-        """16 hex digits that differ when any field, or the meaning of the fields, differs."""
-        content = json.dumps({"revision": _PIXELS_REVISION, **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+    pixels: Pixels
+    tile: int | None
+    tiles: int
+    precision: Precision
+    suspect: str | None = None
+    note: str | None = None
 
 
 class Restorer:
-    """A network ready to restore images on one device. Calls do not change it."""
+    """Networks ready to restore images on one device, one image at a time."""
 
-    def __init__(self, network: Network, recipe: Recipe, *, device: str = "cpu") -> None:
-        """Take over `network` (float32, eval mode): it is localized, cast and moved in place.
+    def __init__(
+        self, networks: Sequence[Network], recipe: Recipe, *, device: str = "cpu", memory: int | None = None
+    ) -> None:
+        """Take over `networks` (float32, eval mode), one for each step of the recipe: they are localized in place.
+
+        `memory` is what this process may use, in bytes (of the GPU's memory on a GPU); None for all that is there.
 
         Raises:
-            ValueError: the tile is no larger than the TLC window, which would silently turn TLC off, or keeps nothing.
+            ValueError: the tile is no larger than a TLC window, which would silently turn TLC off, or keeps nothing.
         """
-        config = network.config
-        if recipe.train_size is not None:
-            localize(network, recipe.train_size)
-        if recipe.tile is not None:
-            plan_tiles(1, 1, tile_px=recipe.tile, halo_px=recipe.halo, stride=config.stride)
-            window = windows(config, recipe.train_size)[0] if recipe.train_size is not None else 0
-            if recipe.tile - config.stride < window:
-                raise ValueError(
-                    f"tile {recipe.tile} px must exceed the TLC window of {window} px by {config.stride} px or more: "
-                    "in a smaller tile the local means would silently become global ones"
-                )
+        if len(networks) != len(recipe.steps):
+            raise ValueError(f"{len(recipe.steps)} networks needed, got {len(networks)}")
+        self.configs = tuple(network.config for network in networks)
         self.recipe = recipe
         self.device = device
-        dtype = _DTYPES[recipe.precision]
-        self.network = network.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        self.memory = available_bytes(device) if memory is None else memory
+        self._stride = max(config.stride for config in self.configs)
+        window = max(
+            windows(config, step.train_size)[0] if step.train_size is not None else 0
+            for config, step in zip(self.configs, recipe.steps, strict=True)
+        )
+        self.least_tile = max(least_tile(recipe.halo, self._stride), window + self._stride)
+        if isinstance(recipe.tile, int):
+            plan_tiles(1, 1, tile_px=recipe.tile, halo_px=recipe.halo, stride=self._stride)
+            if recipe.tile < self.least_tile:
+                raise ValueError(
+                    f"tile {recipe.tile} px must exceed the TLC window of {window} px by {self._stride} px or more: "
+                    "in a smaller tile the local means would silently become global ones"
+                )
+        for network, step in zip(networks, recipe.steps, strict=True):
+            if step.train_size is not None:
+                localize(network, step.train_size)
+        self._fallback: str | None = None  # why low precision was given up
+        precisions: set[Precision] = {recipe.precision, "float32"}  # which is for the comparison and the fallback
+        if device == "cpu" and not has_arithmetic(recipe.precision):
+            self._fallback = f"this CPU has no {recipe.precision} arithmetic, and would be slow in it: float32 instead"
+            precisions = {"float32"}
+        self._proven = len(precisions) == 1
+        self._networks = {name: [self._ready(network, name) for network in networks] for name in precisions}
 
     @classmethod
     def load(
         cls,
-        weights: str | Path,
-        *,
+        *weights: str | Path,
         tlc: bool | None = None,
         train_size: int | None = None,
         precision: Precision = "float32",
-        tile: int | None = None,
+        tile: Tile = "auto",
         halo: int = 192,
+        strength: float = 1.0,
+        self_ensemble: bool = False,
+        guard: bool = True,
+        deterministic: bool = False,
         tf32: bool = False,
+        output: str = "same",
+        quality: int | None = None,
+        subsampling: str | None = None,
         device: str = "cpu",
+        memory: int | None = None,
     ) -> "Restorer":
-        """Load a checkpoint: a path, or the name of the bundled one ("demo").
+        """Load checkpoints, each a path or the name of the bundled one ("demo"); several run one after the other.
 
         `tlc` and `train_size` left out are what the catalog, then the file, says; else TLC is on for crops of 256.
-        The other keywords are `Recipe`'s fields; `device` is torch's name for it and not part of the recipe.
+        The other keywords are `Recipe`'s fields; `device` is torch's name for it, `memory` as in the constructor.
 
         Raises:
             nafnet.checkpoint.CheckpointError: the file is no network of this family, or damaged.
             FileNotFoundError, ValueError: no such file; an impossible recipe.
         """
-        named = catalog.CATALOG.get(str(weights))
-        path = named.bundled_path() if named else None
-        if named and path is None and not Path(weights).exists():
-            raise FileNotFoundError(f"{named.name} is not bundled: fetch {named.file} and give its path here")
-        loaded = checkpoint.load(path or weights, expected_sha256=named.sha256 if named and path else None)
-        entry = catalog.find_hash(loaded.sha256)
-        if tlc is None:
-            tlc = entry.tlc if entry else True
-        if train_size is None:
-            train_size = loaded.train_size or (entry.train_size if entry else 256)
+        loaded = [_load(name) for name in weights]
         recipe = Recipe(
-            weights=loaded.sha256,
-            tlc=tlc,
-            train_size=train_size,
+            steps=tuple(settle(found, tlc=tlc, train_size=train_size) for found in loaded),
             precision=precision,
             tile=tile,
             halo=halo,
+            strength=strength,
+            self_ensemble=self_ensemble,
+            guard=guard,
+            deterministic=deterministic,
             tf32=tf32,
+            output=output,
+            quality=quality,
+            subsampling=subsampling,
         )
-        return cls(loaded.network, recipe, device=device)
+        return cls([found.network for found in loaded], recipe, device=device, memory=memory)
 
     def __call__(self, image: Pixels) -> Pixels:
+        """The pixels of `restore(image)`."""
+        return self.restore(image).pixels
+
+    def restore(self, image: Pixels) -> Restored:
         """Restore (H, W) or (H, W, C), uint8, uint16 or float32 in [0, 1]; the same shape and kind out.
 
         C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA). Alpha passes through. Grey enters an RGB network as three
         equal channels, whose results are averaged. Integers are rounded half to even, as the published scores are.
+        When memory runs out the whole image is tried again in smaller tiles, never in tiles of several sizes.
 
         Raises:
-            ValueError: another shape or dtype, an empty image, or float values outside [0, 1].
+            ValueError: another shape or dtype, an empty image, float values outside [0, 1], or, without the guard,
+                a result that is not finite.
+            MemoryError: even the smallest tile does not fit, or the recipe is deterministic and its tile does not.
         """
         _check(image)
         pixels = image if image.ndim == 3 else image[..., None]
-        alpha = pixels.shape[-1] in (2, 4)
-        colour = pixels[..., :-1] if alpha else pixels
-        restored = self._restore(to_float(colour))
+        colours = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))
+        colour = pixels[..., :colours]
+        for config in self.configs:
+            if colours not in (config.image_channels, 1):
+                raise ValueError(f"the network takes {config.image_channels} channels, the image has {colours}")
+        height, width = image.shape[:2]
+        notes: list[str] = []
+        for tile in self._rungs(height, width):
+            try:
+                with self._settings():
+                    values, precision, reason = self._attempt(colour, tile)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                notes = [f"out of memory {'with tiles of ' + str(tile) + ' px' if tile else 'as a whole'}"]
+            if self.device != "cpu":
+                torch.cuda.empty_cache()
+        else:
+            raise MemoryError(f"{notes[0]}: give the actor more memory, or set a smaller tile")
         out = np.empty_like(pixels)
-        out[..., : colour.shape[-1]] = quantize(restored, pixels.dtype)
-        if alpha:
-            out[..., -1] = pixels[..., -1]
-        return out.reshape(image.shape)
+        out[..., colours:] = pixels[..., colours:]
+        suspect = self._conclude(colour, values, out[..., :colours])
+        return Restored(
+            pixels=out.reshape(image.shape),
+            tile=tile,
+            tiles=len(self._plan(height, width, tile)) or 1,
+            precision=precision,
+            suspect=suspect,
+            note="; ".join([*notes, *([reason] if reason else [])]) or None,
+        )
+
+    def tile(self, height: int, width: int) -> int | None:
+        """The side of the tiles that an image of this size (px) is first tried in; None for the whole image."""
+        return self._rungs(height, width)[0]
 
     def tiles(self, height: int, width: int) -> int:
         """How many tiles an image of this size (px) takes; 1 for a whole image."""
-        return len(self._plan(height, width)) or 1
+        return len(self._plan(height, width, self.tile(height, width))) or 1
 
-    def _plan(self, height: int, width: int) -> list[Tile]:
+    def process_bytes(self, height: int, width: int, tile: int | None) -> int:
+        """The planned peak of this process for an image of this size (px) in tiles of `tile` px (None: whole)."""
+        precision = self.recipe.precision
+        return process_bytes(self.configs, height, width, tile=tile, precision=precision, device=self.device)
+
+    def describe(self) -> str:
+        """The networks, and the TLC windows of each level, in a few lines."""
+        lines = []
+        for config, step in zip(self.configs, self.recipe.steps, strict=True):
+            with torch.device("meta"):
+                count = parameters(Network(config))
+            lines.append(f"{config.family}, width {config.width}, {count:,} parameters, weights {step.weights[:12]}")
+            if step.train_size is None:
+                lines.append("  attention over the whole image")
+                continue
+            lines.append(f"  TLC for training crops of {step.train_size} px")
+            for level, side in enumerate(windows(config, step.train_size)):
+                at = "full resolution" if level == 0 else f"1/{2**level} of it"
+                lines.append(f"  level {level} ({at}): window {side} x {side} px")
+        return "\n".join(lines)
+
+    def _ready(self, network: Network, precision: Precision) -> Callable[[Tensor], Tensor]:
+        """(H, W, C) float32 on the CPU to the same."""
+        if self.device == "cpu":
+            return StripNetwork(network, DTYPES[precision])
+        return DeviceNetwork(network, DTYPES[precision], self.device)
+
+    def _rungs(self, height: int, width: int) -> list[int | None]:
+        """Tile sides (None: whole) in the order they are tried."""
+        recipe = self.recipe
+        fixed = recipe.tile if isinstance(recipe.tile, int) else None
+        first = fixed if fixed is not None and max(height, width) > fixed else None
+        ladder = rungs(height, width, least=self.least_tile, first=first)
+        if recipe.deterministic:
+            return ladder[:1]
+        if recipe.tile == "auto":
+            while len(ladder) > 1 and self.process_bytes(height, width, ladder[0]) > self.memory:
+                ladder = ladder[1:]
+        return ladder
+
+    def _plan(self, height: int, width: int, tile: int | None) -> list[Piece]:
         """The tiles, or none when the image goes through at once."""
-        if self.recipe.tile is None or max(height, width) <= self.recipe.tile:
+        if tile is None:
             return []
-        stride = self.network.config.stride
-        return plan_tiles(height, width, tile_px=self.recipe.tile, halo_px=self.recipe.halo, stride=stride)
+        return plan_tiles(height, width, tile_px=tile, halo_px=self.recipe.halo, stride=self._stride)
 
-    def _restore(self, colour: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """(H, W, 1 or 3) float32 to the same, not clamped."""
-        channels = self.network.config.image_channels
-        grey = colour.shape[-1] == 1 and channels == 3
-        if grey:
-            colour = np.repeat(colour, 3, axis=-1)
-        if colour.shape[-1] != channels:
-            raise ValueError(f"the network takes {channels} channels, the image has {colour.shape[-1]}")
-        plan = self._plan(*colour.shape[:2])
-        restored = restore_tiles(colour, plan, self._run) if plan else self._run(colour)
-        if grey:
-            restored = restored.mean(axis=-1, keepdims=True)
-        return restored
+    def _attempt(self, colour: Pixels, tile: int | None) -> tuple[Floats, Precision, str | None]:
+        """All steps in one tile size; also the precision that did it and why it is not the recipe's."""
+        precision = self.recipe.precision
+        if not self._proven:
+            self._prove(colour)
+        if self._fallback is None:
+            values = self._chain(colour, tile, precision)
+            if precision == "float32" or np.isfinite(values).all():
+                return values, precision, None
+            self._fallback = f"{precision} gave values that are not finite: float32 instead"
+        reason = self._fallback
+        if not self._proven:  # deterministic: each image by itself, or the bits would hang on which came before
+            self._fallback = None
+        return self._chain(colour, tile, "float32"), "float32", reason
 
-    def _run(self, piece: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        # (1, H, W, C) memory seen as (1, C, H, W): channels-last, copied only where torch cannot read it (read-only).
-        tensor = torch.from_numpy(np.require(piece, requirements=["C", "W"]))[None].permute(0, 3, 1, 2).to(self.device)
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=self.recipe.tf32):
-            restored = self.network(tensor)[0].permute(1, 2, 0).float()
-        return cast(npt.NDArray[np.float32], restored.cpu().numpy())
+    def _prove(self, colour: Pixels) -> None:
+        """Compare the recipe's precision with float32 on the centre of an image, and fall back if they differ."""
+        top, left = (max(side - _CROP_PX, 0) // 2 for side in colour.shape[:2])
+        crop = colour[top : top + _CROP_PX, left : left + _CROP_PX]
+        exact = self._chain(crop, None, "float32")
+        error = float(np.square(self._chain(crop, None, self.recipe.precision) - exact, dtype=np.float64).mean())
+        if not error <= 10 ** (-AGREEMENT_DB / 10):  # NaN too
+            agreement = f"{-10 * np.log10(error):.1f} dB" if np.isfinite(error) else "no finite value"
+            self._fallback = (
+                f"{self.recipe.precision} agrees with float32 by {agreement} on a crop, {AGREEMENT_DB:g} dB are "
+                "asked for: float32 instead"
+            )
+        self._proven = not self.recipe.deterministic
+
+    def _chain(self, colour: Pixels, tile: int | None, precision: Precision) -> Floats:
+        """Every step on (H, W, 1 or 3), as float32, not clamped."""
+        image: Pixels = colour
+        for config, network in zip(self.configs, self._networks[precision], strict=True):
+            if image is not colour:
+                np.clip(image, 0, 1, out=image)
+            whole = partial(_apply, network, config.image_channels)
+            image = self._ensemble(image, tile, whole) if self.recipe.self_ensemble else self._tiled(image, tile, whole)
+        return cast(Floats, image)
+
+    def _ensemble(self, image: Pixels, tile: int | None, restore: Callable[[Pixels], Floats]) -> Floats:
+        total = np.zeros(image.shape, np.float32)
+        for mirrored in (False, True):
+            for turns in range(4):
+                turned = np.rot90(image[:, ::-1] if mirrored else image, turns)
+                back = np.rot90(self._tiled(turned, tile, restore), -turns)
+                total += back[:, ::-1] if mirrored else back
+        total /= 8
+        return total
+
+    def _tiled(self, image: Pixels, tile: int | None, restore: Callable[[Pixels], Floats]) -> Floats:
+        height, width = image.shape[:2]
+        plan = self._plan(height, width, tile)
+        return restore_tiles(image, plan, restore) if plan else restore(image)
+
+    def _conclude(self, colour: Pixels, values: Floats, out: Pixels) -> str | None:
+        """Write the result, or the input and a reason when the guard gives the result up."""
+        square, wrong = 0.0, 0
+        rows = max(1, _BAND_VALUES // (colour.shape[1] * colour.shape[2]))
+        bands = [slice(top, top + rows) for top in range(0, len(colour), rows)]
+        for band in bands:
+            source, made = to_float(colour[band]), values[band]
+            change = made - source
+            if self.recipe.guard:
+                finite = np.isfinite(change)
+                wrong += change.size - int(np.count_nonzero(finite))
+                square += float(np.square(change, dtype=np.float64).sum(where=finite))
+                made = np.where(finite, made, 0)
+            if self.recipe.strength < 1:
+                made = source + np.float32(self.recipe.strength) * change
+                made = np.where(np.isfinite(made), made, 0) if self.recipe.guard else made
+            out[band] = quantize(made, out.dtype)
+        distance = float(np.sqrt(square / colour.size))
+        if not self.recipe.guard or (not wrong and distance <= SUSPECT_RMS):
+            return None
+        out[...] = colour
+        if wrong:
+            return f"{wrong} of {colour.size} restored values are not finite; the input was written instead"
+        return (
+            f"the result is {distance:.2f} of full range from its input (root mean square), over {SUSPECT_RMS:g}: "
+            "these weights may be for another kind of image; the input was written instead"
+        )
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """torch's global switches as the recipe wants them, for the time of one image."""
+        deterministic = self.recipe.deterministic
+        flags = torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=self.recipe.tf32
+        )
+        with flags if self.device != "cpu" else nullcontext():
+            if not deterministic:
+                yield
+                return
+            threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(True)
+            if self.device == "cpu":
+                torch.set_num_threads(1)
+            try:
+                yield
+            finally:
+                torch.use_deterministic_algorithms(before)
+                torch.set_num_threads(threads)
 
 
-def memory_bytes(config: NetConfig, pixels: int, *, precision: Precision = "float32") -> int:
-    """Peak memory in bytes of a CPU process that restores `pixels` at once: libraries, weights, the widest moment.
+def has_arithmetic(precision: Precision) -> bool:
+    """Whether this machine's CPU computes in `precision`; where it does not, torch converts number by number."""
+    if precision == "bf16":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return precision == "float32" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
-    At full resolution a block holds at worst the skip connection, its input, the two outputs of dw_expand times `width`
-    channels around the depthwise convolution, and one output of its activation.
-    """
-    number = _DTYPES[precision].itemsize
-    live = 3 + 2 * config.dw_expand
-    with torch.device("meta"):
-        weights = parameters(Network(config))
-    return _LIBRARIES_BYTES + weights * number + live * config.width * pixels * number
+
+def _apply(network: Callable[[Tensor], Tensor], channels: int, piece: Pixels) -> Floats:
+    """One network on (H, W, 1 or channels); grey is spread over the channels and gathered again."""
+    grey = piece.shape[-1] == 1 and channels > 1
+    values = to_float(piece)
+    if grey:
+        values = np.repeat(values, channels, axis=-1)
+    # torch cannot read what is read-only or runs backwards: only those are copied
+    restored = network(torch.from_numpy(np.require(values, requirements=["C", "W"]))).numpy()
+    return restored.mean(axis=-1, keepdims=True) if grey else cast(Floats, restored)
+
+
+def _load(weights: str | Path) -> checkpoint.Checkpoint:
+    named = catalog.CATALOG.get(str(weights))
+    path = named.bundled_path() if named else None
+    if named and path is None and not Path(weights).exists():
+        raise FileNotFoundError(f"{named.name} is not bundled: fetch {named.file} and give its path here")
+    return checkpoint.load(path or weights, expected_sha256=named.sha256 if named and path else None)
+
+
+def settle(loaded: checkpoint.Checkpoint, *, tlc: bool | None, train_size: int | None) -> Step:
+    """A recipe's step with these weights: None means what the catalog, then the file, says; else TLC for 256 px."""
+    entry = catalog.find_hash(loaded.sha256)
+    if tlc is None:
+        tlc = entry.tlc if entry else True
+    return Step(loaded.sha256, tlc, train_size or loaded.train_size or (entry.train_size if entry else 256))
 
 
 def _check(image: Pixels) -> None:
@@ -215,7 +399,7 @@ def _check(image: Pixels) -> None:
             raise ValueError(f"float images must lie in [0, 1], got [{low:g}, {high:g}]: divide by their range first")
 
 
-def to_float(pixels: Pixels) -> npt.NDArray[np.float32]:
+def to_float(pixels: Pixels) -> Floats:
     """Integers of their full range, or floats as they are, as float32 in [0, 1]: what the network takes."""
     values = pixels.astype(np.float32, copy=False)
     return values if pixels.dtype == np.float32 else values / np.float32(data_range_of(pixels.dtype))

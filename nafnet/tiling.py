@@ -7,6 +7,7 @@ Tiles start on multiples of the network's stride, so that its down-sampling grid
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,9 +61,7 @@ def plan_tiles(height: int, width: int, *, tile_px: int, halo_px: int, stride: i
     Raises:
         ValueError: tiles so small that halo and blending leave nothing of them.
     """
-    # A tile's two bands must not meet. The last tile may start as little as a stride after the one before it, which
-    # brings the bands together by half a step: hence two widths of a band and not one.
-    least = 2 * halo_px + BLEND_PX + max(2 * BLEND_PX, stride)
+    least = least_tile(halo_px, stride)
     if tile_px < least:
         raise ValueError(
             f"a tile of {tile_px} px with a halo of {halo_px} px keeps nothing: take {least} px or more, or less halo"
@@ -72,12 +71,19 @@ def plan_tiles(height: int, width: int, *, tile_px: int, halo_px: int, stride: i
     return [Tile(r, c) for r in rows for c in columns]
 
 
+def least_tile(halo_px: int, stride: int) -> int:
+    """The side in px of the smallest tile that keeps something."""
+    # A tile's two bands must not meet. The last tile may start as little as a stride after the one before it, which
+    # brings the bands together by half a step: hence two widths of a band and not one.
+    return 2 * halo_px + BLEND_PX + max(2 * BLEND_PX, stride)
+
+
 def restore_tiles(
-    image: npt.NDArray[np.float32],
+    image: npt.NDArray[Any],
     tiles: list[Tile],
-    restore: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
+    restore: Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]],
 ) -> npt.NDArray[np.float32]:
-    """Apply `restore` (same shape out) to each tile of `image` (H, W, C) and blend the results."""
+    """Apply `restore` (same shape out, in float32) to each tile of `image` (H, W, C) and blend the results."""
     out = np.zeros(image.shape, np.float32)
     for tile in tiles:
         rows, columns = tile.rows, tile.columns

@@ -5,6 +5,9 @@ statistics differ, which costs 0.6 dB on GoPro. TLC replaces the global mean by 
 crop, clipped at the borders. The window depends on the crop and the depth alone, so it is fixed here, once.
 """
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -59,36 +62,57 @@ class LocalAvgPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sums run in float32 whatever x is: a float16 sum overflows at 1280x720."""
-        pixels = x.permute(0, 2, 3, 1)  # N, H, W, C: whole pixels are added, channels side by side
-        sums = _window_sums(_window_sums(pixels, self.side, dim=1), self.side, dim=2)
+        sums = _window_sums(_window_sums(x.float(), self.side, dim=2), self.side, dim=3)
         area = min(self.side, x.shape[-2]) * min(self.side, x.shape[-1])
-        return (sums / area).to(x.dtype).permute(0, 3, 1, 2)
+        return (sums / area).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shown by print(network)."""
         return f"side={self.side}"
 
 
+def sliding_means(x: Tensor, side: int, rows: int) -> Iterator[tuple[int, int, Tensor]]:
+    """`LocalAvgPool2d` of (H, W, C), a few rows at a time, without a map of all means.
+
+    Yields (top, bottom, means) from the first row of the image to the last: float32 means (bottom - top, m, C), or
+    (1, m, C) where all these rows share them, m = max(W - side, 0) + 1. At most `rows` rows are not shared.
+    """
+    height = x.shape[0]
+    k = min(side, height)
+    count = height - k + 1
+    before = (height - count) // 2
+    share = 1 / (k * min(side, x.shape[1]))
+    row = x[:k].sum(0, dtype=torch.float32).mul_(share)
+    yield 0, before + 1 if count > 1 else height, _window_sums(row[None], side, dim=1)
+    for start in range(1, count, rows):
+        stop = min(start + rows, count)
+        sums = torch.sub(x[start + k - 1 : stop + k - 1].float(), x[start - 1 : stop - 1].float()).mul_(share)
+        for i, change in zip(range(start, stop), sums.unbind(), strict=True):
+            if i % side == 0:  # a fresh sum now and then, or rounding errors of the running one would grow
+                torch.sum(x[i : i + k], 0, dtype=torch.float32, out=change).mul_(share)
+            else:
+                change.add_(row)
+            row = change
+        means = _window_sums(sums, side, dim=1)
+        yield before + start, before + stop, means
+    if count > 1:
+        yield before + count, height, means[-1:]
+
+
 def _window_sums(x: Tensor, side: int, *, dim: int) -> Tensor:
-    """float32 sums over every `side` neighbours along `dim`."""
+    """Sums over every `side` neighbours along `dim`: by doubling, so that rounding errors do not add up."""
     n = x.shape[dim]
     if side >= n:
-        return x.sum(dim, keepdim=True, dtype=torch.float32)
-    if x.is_cuda:  # one pass there; on a CPU torch.cumsum is scalar and takes as long as the whole network
-        total = x.cumsum(dim, dtype=torch.float32)
-        inner = total.narrow(dim, side, n - side) - total.narrow(dim, 0, n - side)
-        return torch.cat([total.narrow(dim, side - 1, 1), inner], dim)
-    x = x.float()
+        return x.sum(dim, keepdim=True)
     count = n - side + 1
-    shape = list(x.shape)
-    shape[dim] = count
-    sums = torch.empty(shape, dtype=torch.float32)
-    old, new = x.unbind(dim), sums.unbind(dim)
-    change = torch.empty_like(new[0])
-    for i in range(count):
-        if i % side == 0:  # a fresh sum now and then, or rounding errors of the running one would grow with the image
-            torch.sum(x.narrow(dim, i, side), dim, out=new[i])
-        else:
-            torch.sub(old[i + side - 1], old[i - 1], out=change)
-            torch.add(new[i - 1], change, out=new[i])
-    return sums
+    out: Tensor | None = None
+    sums, length, done = x, 1, 0  # `sums` over `length` neighbours; `out` over `done`
+    while True:
+        if side & length:
+            part = sums.narrow(dim, done, count)
+            out = part if out is None else out + part
+            done += length
+        if done == side:
+            return cast(Tensor, out)
+        sums = sums.narrow(dim, 0, sums.shape[dim] - length) + sums.narrow(dim, length, sums.shape[dim] - length)
+        length *= 2

@@ -15,8 +15,10 @@ import torch
 import typer
 
 from nafnet import catalog, checkpoint
+from nafnet.conventions import Convention, ProfileName, ProtocolName, label
+from nafnet.memory import process_bytes
 from nafnet.model import Activation, Attention, NetConfig, Network, Norm, Sigma, multiply_adds, parameters
-from nafnet.restore import Precision, memory_bytes
+from nafnet.recipe import Precision
 from nafnet.tlc import windows
 
 app = typer.Typer(
@@ -26,7 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Protocol = Literal["gopro", "sidd", "reds", "stored"]
+Metrics = Annotated[ProfileName, typer.Option(help="Whose way of computing scores is followed.")]
+CropBorder = Annotated[int, typer.Option(help="Margin that basicsr and mmagic leave out of scores, px.")]
+YChannel = Annotated[bool, typer.Option("--y-channel", help="Score the luma alone, under basicsr and mmagic.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and Prefect say too.")]
 
 
@@ -38,8 +42,12 @@ def restore(
         str | None, typer.Option(help="Sharp originals under the same relative names, to score against.")
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(help="A file, a URL, or a name from the catalog (nafnet info lists them).")
-    ] = "demo",
+        list[str] | None,
+        typer.Option(
+            help="A file, a URL, or a name from the catalog (nafnet info lists them); may repeat: one network then "
+            "restores what the one before it made. Default: the bundled demo."
+        ),
+    ] = None,
     tlc: Annotated[
         bool | None,
         typer.Option(
@@ -52,14 +60,44 @@ def restore(
         typer.Option(help="Side of the training crops in px (TLC window). Default: what the file says, else 256."),
     ] = None,
     protocol: Annotated[
-        Protocol | None,
-        typer.Option(help="How scores are computed. Default: the checkpoint's own, else as stored."),
+        ProtocolName | None,
+        typer.Option(help="The data set that scores are for. Default: the checkpoint's own, else as stored."),
     ] = None,
+    metrics: Metrics = "authors",
+    crop_border: CropBorder = 0,
+    y_channel: YChannel = False,
     precision: Annotated[Precision, typer.Option(help="Number format of the network.")] = "float32",
     tile: Annotated[
-        int | None, typer.Option(help="Restore in tiles of this side in px. Default: whole images.")
-    ] = None,
+        str,
+        typer.Option(
+            metavar="auto|whole|PX",
+            help="Side of tiles in px; auto: whole images where they fit into memory, else the largest tile that does.",
+        ),
+    ] = "auto",
     halo: Annotated[int, typer.Option(help="Margin around a tile that is restored and thrown away, px.")] = 192,
+    strength: Annotated[
+        float, typer.Option(help="Share of the restored image in the result, the rest is the input; up to 1.")
+    ] = 1,
+    self_ensemble: Annotated[
+        bool,
+        typer.Option("--self-ensemble", help="The mean over eight flips and rotations, in eight times as long."),
+    ] = False,
+    guard: Annotated[
+        Literal["on", "off"], typer.Option(help="Write the input for an implausible result, and mark it suspect.")
+    ] = "on",
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="The same bits on every run and with any number of actors; slower."),
+    ] = False,
+    format: Annotated[  # noqa: A002 - the option's name
+        Literal["same", "png", "jpeg", "tiff", "webp", "bmp"], typer.Option(help="File format to write.")
+    ] = "same",
+    quality: Annotated[
+        int | None, typer.Option(help="1 to 100, with --format jpeg (default 95) or webp (default lossless).")
+    ] = None,
+    subsampling: Annotated[
+        Literal["4:4:4", "4:2:2", "4:2:0"] | None, typer.Option(help="Of a jpeg's colours. Default: 4:4:4.")
+    ] = None,
     actors: Annotated[
         int | None,
         typer.Option(help="Processes that hold the network. Default: one for four CPUs, or all GPUs."),
@@ -91,8 +129,10 @@ def restore(
     for name in ("dry_run", "verbose"):
         del given[name]
     given["exclude"] = tuple(exclude or ())
-    if include is None:
-        del given["include"]
+    given["tile"] = int(tile) if tile.isdecimal() else tile
+    for name in ("include", "checkpoint"):
+        if given[name] is None:
+            del given[name]
     _quiet(verbose)
     with _clear_errors():
         job = _job(given)
@@ -109,31 +149,39 @@ def restore(
 def score(
     restored: Annotated[str, typer.Argument(help="Folder or prefix of restored images.")],
     reference: Annotated[str, typer.Argument(help="Folder or prefix of originals under the same relative names.")],
-    protocol: Annotated[Protocol, typer.Option(help="How scores are computed.")] = "stored",
+    protocol: Annotated[ProtocolName, typer.Option(help="The data set that scores are for.")] = "stored",
+    metrics: Metrics = "authors",
+    crop_border: CropBorder = 0,
+    y_channel: YChannel = False,
 ) -> None:
-    """Score images that are already there: PSNR in dB, SSIM-2D and SSIM-3D, per image and as plain means."""
+    """Score images that are already there: PSNR in dB and SSIM, per image and as plain means.
+
+    Written images are rounded already, so mmagic gives the PSNR of basicsr here; restore scores before it rounds.
+    """
     from pipelines.score import score_folders
 
-    columns: tuple[list[float], list[float], list[float]] = ([], [], [])
     count = failed = 0
     with _clear_errors():
-        print(f"{'PSNR':>8} {'SSIM-2D':>8} {'SSIM-3D':>8}  image")
-        for scored in score_folders(restored, reference, protocol):
+        convention = Convention(protocol, metrics, crop_border, y_channel)
+        columns: dict[str, list[float]] = {name: [] for name in convention.scores}
+        print(" ".join(f"{label(name):>8}" for name in columns) + "  image")
+        for scored in score_folders(restored, reference, convention):
             if scored.scores is None:
                 failed += 1
-                print(f"{'-':>8} {'-':>8} {'-':>8}  {scored.key}: {scored.reason}")
+                print(" ".join(_score(None) for _ in columns) + f"  {scored.key}: {scored.reason}")
                 continue
             count += 1
-            values = (scored.scores.psnr, scored.scores.ssim_2d, scored.scores.ssim_3d)
-            for column, value in zip(columns, values, strict=True):
+            for name, column in columns.items():
+                value = getattr(scored.scores, name)
                 if value is not None and math.isfinite(value):  # identical images are left out, as in the report
                     column.append(value)
-            print(" ".join(_score(value) for value in values) + f"  {scored.key}")
+            print(" ".join(_score(getattr(scored.scores, name)) for name in columns) + f"  {scored.key}")
     if count:
-        means = " ".join(_score(statistics.fmean(column) if column else None) for column in columns)
-        print(f"{means}  mean of {count} under protocol {protocol}")
-        if len(columns[0]) < count:
-            print(f"{count - len(columns[0])} images equal their reference: not in the mean PSNR")
+        means = " ".join(_score(statistics.fmean(column) if column else None) for column in columns.values())
+        print(f"{means}  mean of {count} under protocol {convention.name}")
+        print(f"scores are {convention.words}")
+        if len(columns["psnr"]) < count:
+            print(f"{count - len(columns['psnr'])} images equal their reference: not in the mean PSNR")
     if failed:
         _fail(f"{failed} images could not be scored", code=1)
 
@@ -169,7 +217,9 @@ def info(
     print(f"  blocks      encoder {config.enc_blocks}, middle {config.middle_blocks}, decoder {config.dec_blocks}")
     print(f"  parameters  {parameters(loaded.network):,}")
     print(f"  arithmetic  {multiply_adds(config, height, width) / 1e9:.2f} G multiply-adds at {width}x{height}")
-    print(f"  memory      about {memory_bytes(config, height * width) / 2**20:,.0f} MiB a process at {width}x{height}")
+    print(
+        f"  memory      about {process_bytes([config], height, width) / 2**20:,.0f} MiB a process at {width}x{height}"
+    )
     sides = ", ".join(str(side) for side in windows(config, train_size))
     print(f"  TLC windows {sides} px by level (trained on {train_size} px crops)")
     print(f"  catalog     {entry.name if entry else 'not in the catalog'}")
@@ -289,6 +339,12 @@ def _run_restore(job: Any) -> None:
     if summary["gain"] is not None:
         before, after, gain = summary["psnr_input"], summary["psnr"], summary["gain"]
         print(f"mean PSNR  {before:.2f} dB before, {after:.2f} dB after ({gain:+.2f} dB)")
+    ssim = "ssim_2d" if summary["ssim_3d"] is None else "ssim_3d"  # the convention's own
+    before, after = summary[f"{ssim}_input"], summary[ssim]
+    if None not in (before, after):
+        print(f"{label(ssim)}    {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
+    for name, words in zip(summary["protocols"], summary["conventions"], strict=True):
+        print(f"scores     {name}: {words}")
     print(f"images     {output.url('images')}")
     print(f"report     {output.url('report.html')}")
     if not state.is_completed():

@@ -155,7 +155,9 @@ def run(
     """
     with connect(placement.address, verbose=verbose) as cluster:
         pool, threads = cluster.pool(placement.actors, placement.gpus_per_actor)
-        work = replace(work, threads=threads)
+        on_a_node = -(-pool.actors // cluster.nodes)
+        share = 1 / on_a_node if pool.gpus == 0 else min(1.0, pool.gpus)
+        work = replace(work, threads=threads, memory_share=share)
         remaining = _pass(pairs, work, pool, _blocks(pairs), on_rows)
     if len(remaining):
         logger.warning("%d images were lost with their process or to an error; trying each alone", len(remaining))

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from nafnet.images import RefusedImage, UnreadableImage, decode
-from nafnet.restore import Restorer, memory_bytes
+from nafnet.restore import Restorer
 from pipelines.manifest import Plan
 from pipelines.storage import Store
 
 _SAMPLE = 16  # images opened to learn their sizes
 _PROBE_PX = 256
-_WHOLE_IMAGE_BYTES = 16  # a number of the whole image: float32 in and out, a copy when rounding, and both encodings
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +40,9 @@ def estimate(plan: Plan, source: Store, restorer: Restorer, *, max_pixels: int) 
         return Estimate(0, 0.0, (0, 0), 0, 0, 0.0)
     megapixels = sum(h * w for h, w in sizes) / 1e6 * len(keys) / len(sizes)
     height, width = max(sizes, key=lambda size: size[0] * size[1])
-    tile = restorer.recipe.tile
-    piece = min(height, tile or height) * min(width, tile or width)
-    channels = restorer.network.config.image_channels
+    tile, tiles = restorer.tile(height, width), restorer.tiles(height, width)
+    repeated = tiles * tile**2 / (height * width) if tile else 1  # halos are restored more than once
+    channels = restorer.configs[0].image_channels
     probe = np.zeros((_PROBE_PX, _PROBE_PX, channels), np.uint8)
     restorer(probe)  # the first call allocates
     started = time.perf_counter()
@@ -53,8 +52,7 @@ def estimate(plan: Plan, source: Store, restorer: Restorer, *, max_pixels: int) 
         sampled=len(sizes),
         megapixels=megapixels,
         largest=(height, width),
-        tiles=restorer.tiles(height, width),
-        memory_bytes=memory_bytes(restorer.network.config, piece, precision=restorer.recipe.precision)
-        + height * width * channels * _WHOLE_IMAGE_BYTES,
-        seconds=per_pixel * megapixels * 1e6,
+        tiles=tiles,
+        memory_bytes=restorer.process_bytes(height, width, tile),
+        seconds=per_pixel * megapixels * 1e6 * repeated,
     )

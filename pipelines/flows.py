@@ -30,8 +30,11 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 
 from nafnet import catalog
+from nafnet import checkpoint as checkpoints
 from nafnet.checkpoint import CheckpointError
-from nafnet.restore import Recipe, Restorer
+from nafnet.conventions import Convention, ProfileName, ProtocolName
+from nafnet.recipe import Precision, Recipe, Tile
+from nafnet.restore import Restorer, settle
 from pipelines import engine, manifest, report, report_html, report_sheet
 from pipelines.manifest import Plan
 from pipelines.parts import PartWriter
@@ -51,37 +54,55 @@ INCOMPLETE = "Incomplete"  # the name of a run's failed state when it did its wo
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A job whose checkpoint was found and read: all that is settled before anything is listed."""
+    """A job whose checkpoint was found and read: all that is settled before anything is listed.
+
+    `protocol` is the name of the whole convention that scores are under (`nafnet.conventions.Convention`).
+    """
 
     job: RestoreJob
-    weights: str
+    weights: tuple[str, ...]
     recipe: Recipe
     protocol: str
 
 
 def prepare(job: RestoreJob) -> Prepared:
-    """Find and check the weights and settle the recipe and the scoring protocol.
+    """Find and check the weights and settle the recipe and the scoring convention.
 
     Raises:
         CheckpointError, ValueError: the checkpoint or a parameter cannot be used.
     """
-    path = locate(job.checkpoint)
-    named = catalog.CATALOG.get(job.checkpoint)
-    tlc = named.tlc if named and job.tlc is None else job.tlc
-    restorer = Restorer.load(
-        path,
-        tlc=tlc,
-        train_size=job.train_size,
+    paths = [locate(name) for name in job.checkpoint]
+    named = [catalog.CATALOG.get(name) for name in job.checkpoint]
+    loaded = [checkpoints.load(path) for path in paths]
+    for entry, path, found in zip(named, paths, loaded, strict=True):
+        if entry and entry.sha256 and entry.sha256 != found.sha256:
+            raise CheckpointError(f"{path} is not the published {entry.name}: its SHA-256 is {found.sha256}")
+    steps = tuple(
+        settle(found, tlc=entry.tlc if entry and job.tlc is None else job.tlc, train_size=job.train_size)
+        for entry, found in zip(named, loaded, strict=True)
+    )
+    recipe = Recipe(
+        steps=steps,
         precision=job.precision,
         tile=job.tile,
         halo=job.halo,
+        strength=job.strength,
+        self_ensemble=job.self_ensemble,
+        guard=job.guard,
+        deterministic=job.deterministic,
+        output=job.format if job.format == "same" else job.format.upper(),
+        quality=job.quality,
+        subsampling=job.subsampling,
     )
-    if named and named.sha256 and named.sha256 != restorer.recipe.weights:
-        raise CheckpointError(f"{path} is not the published {named.name}: its SHA-256 is {restorer.recipe.weights}")
-    entry = named or catalog.find_hash(restorer.recipe.weights)
-    protocol = job.protocol or (entry.protocol if entry else "stored")
-    elsewhere = "://" in job.checkpoint or named is not None  # each node finds these for itself
-    return Prepared(job, job.checkpoint if elsewhere else str(path), restorer.recipe, protocol)
+    Restorer([found.network for found in loaded], recipe)  # refuses tiles that do not fit the networks
+    last = named[-1] or catalog.find_hash(recipe.steps[-1].weights)
+    protocol = job.protocol or (last.protocol if last else "stored")
+    weights = tuple(
+        name if "://" in name or entry else str(path)  # each node finds the first two for itself
+        for name, entry, path in zip(job.checkpoint, named, paths, strict=True)
+    )
+    convention = Convention(protocol, job.metrics, job.crop_border, job.y_channel)
+    return Prepared(job, weights, recipe, convention.name)
 
 
 @flow(name="restore", log_prints=False)
@@ -89,13 +110,23 @@ def restore(
     source: str,
     output: str,
     reference: str | None = None,
-    checkpoint: str = "demo",
+    checkpoint: str | tuple[str, ...] = "demo",
     tlc: bool | None = None,
     train_size: int | None = None,
-    protocol: Literal["gopro", "sidd", "reds", "stored"] | None = None,
-    precision: Literal["float32", "bf16", "float16"] = "float32",
-    tile: int | None = None,
+    protocol: ProtocolName | None = None,
+    metrics: ProfileName = "authors",
+    crop_border: int = 0,
+    y_channel: bool = False,
+    precision: Precision = "float32",
+    tile: Tile = "auto",
     halo: int = 192,
+    strength: float = 1,
+    self_ensemble: bool = False,
+    guard: bool = True,
+    deterministic: bool = False,
+    format: Literal["same", "png", "jpeg", "tiff", "webp", "bmp"] = "same",  # noqa: A002 - as people name it
+    quality: int | None = None,
+    subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] | None = None,
     actors: int | None = None,
     gpus_per_actor: float = 0,
     ray_address: str = "local",

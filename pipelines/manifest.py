@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import pyarrow as pa
 
+from nafnet.images import extension
 from pipelines.datasets import same_key
 from pipelines.parts import write_parquet
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Pair, ReportRow, Status
@@ -42,7 +43,7 @@ class Plan:
 
 
 def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
-    """Decide what is to be done for `job` under the recipe of this hash, scored under `protocol`.
+    """Decide what is to be done for `job` under the recipe of this hash, scored under `protocol` (a convention's name).
 
     An input is finished when the report has its row for the same content (source and reference), recipe and
     protocol; with `job.retry_failed` only if that row says `restored`.
@@ -62,11 +63,18 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
     find = same_key(reference.list()) if reference else None
     finished = _finished(output, recipe, protocol, restored_only=job.retry_failed)
     pairs, decided, skipped = list[Pair](), list[ReportRow](), 0
+    written: dict[str, str] = {}
     for entry in entries:
+        name = written_as(entry.key, job.format)
+        owner = written.setdefault(name, entry.key)
         partner = find(entry.key) if find else None
         fingerprint = f"{entry.fingerprint}|{partner.fingerprint}" if partner else entry.fingerprint
         if (readable(entry.key), fingerprint) in finished:
             skipped += 1
+            continue
+        if owner != entry.key:
+            reason = f"its result would be {name}, which is that of {readable(owner)}: rename one of them"
+            decided.append(_decide(entry, fingerprint, recipe, Status.REFUSED, reason, source.url()))
             continue
         try:
             check_key(entry.key)
@@ -74,7 +82,7 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
                 key=entry.key,
                 source=source.url(entry.key),
                 reference=reference.url(partner.key) if reference and partner else None,
-                output=output.url(f"images/{entry.key}"),
+                output=output.url(f"images/{name}"),
                 size=entry.size,
                 fingerprint=fingerprint,
             )
@@ -93,6 +101,15 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
         finished=skipped,
         recipe=recipe,
     )
+
+
+def written_as(key: str, image_format: str) -> str:
+    """The key of a restored image below `images/`: its source's, ending as the format it is written in does."""
+    if image_format == "same":
+        return key
+    folder, slash, name = key.rpartition("/")
+    stem = name.rpartition(".")[0] or name
+    return f"{folder}{slash}{stem}{extension(image_format.upper())}"
 
 
 def write_parts(plan: Plan, output: Store) -> None:

@@ -15,6 +15,7 @@ class Status(StrEnum):
     MISSING = "missing"  # the source or its reference is not there
     MISMATCHED = "mismatched"  # the reference has another size or number of channels
     REFUSED = "refused"  # an image this job will not touch: too large, several frames, a hostile key
+    SUSPECT = "suspect"  # the result was implausible: the input was written in its place
     CRASHED = "crashed"  # the process died or failed while it held this image
 
 
@@ -46,8 +47,11 @@ MANIFEST_SCHEMA = pa.schema(
 class ReportRow:
     """How one input ended. Scores are None without a reference; sizes are None when nothing was decoded.
 
-    `psnr_input` and its kin score the degraded image against the reference, `psnr` the restored one, under
-    `protocol` (see `nafnet.metrics.PROTOCOLS`); dB. `seconds` is the time in the network alone.
+    `psnr_input` and its kin score the degraded image against the reference, `psnr` the restored one, dB.
+    `protocol` names the convention they are all under, such as `gopro` or `gopro+basicsr+y+crop4` (see
+    `nafnet.conventions.Convention`); one whose SSIM is 2-D leaves `ssim_3d` None. `seconds` is the time in the
+    network alone. `tile` is the side in px of the `tiles` that the image went through, None when it went whole;
+    `precision` is that of the network after any fallback, and `note` says what went otherwise than asked.
     """
 
     key: str
@@ -73,6 +77,9 @@ class ReportRow:
     fetch_seconds: float | None = None
     finish_seconds: float | None = None
     tiles: int | None = None
+    tile: int | None = None
+    precision: str | None = None
+    note: str | None = None
     reference: str | None = None
     output: str | None = None
     worker: str | None = None  # host and process id
@@ -98,6 +105,9 @@ REPORT_SCHEMA = pa.schema(
         pa.field("fetch_seconds", pa.float64()),
         pa.field("finish_seconds", pa.float64()),
         pa.field("tiles", pa.int32()),
+        pa.field("tile", pa.int32()),
+        pa.field("precision", pa.string()),
+        pa.field("note", pa.string()),
         pa.field("recipe", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("reference", pa.string()),

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nafnet.conventions import Convention
 from pipelines.records import REPORT_SCHEMA, Status
 from pipelines.storage import Store
 
@@ -21,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 Summary = dict[str, Any]  # JSON-ready: see `summarize`
 
 UNKNOWN = "\N{EN DASH}"
-_SCORES = ("psnr_input", "psnr", "ssim_2d_input", "ssim_2d", "ssim_3d_input", "ssim_3d")
+_SCORES = ("psnr_input", "psnr", "ssim_3d_input", "ssim_3d", "ssim_2d_input", "ssim_2d")
 
 
 class ReportError(Exception):
@@ -95,7 +96,9 @@ def summarize(rows: pa.Table, *, wall_seconds: float | None = None, wall_images:
 
     Every mean is over restored rows with a finite value; `gain` needs both PSNRs finite, so it can differ
     from the difference of the two means. An infinite PSNR (the image equals its reference) is counted in
-    `identical_input` or `identical_restored`. PSNR and gain in dB, times in seconds.
+    `identical_input` or `identical_restored`. PSNR and gain in dB, times in seconds. `protocols` names the
+    convention the scores are under, as the rows do, and `conventions` says it in words; more than one of them
+    means that the means mix what cannot be compared.
 
     Args:
         rows: from `read_rows`.
@@ -110,11 +113,13 @@ def summarize(rows: pa.Table, *, wall_seconds: float | None = None, wall_images:
     found = {item["values"]: item["counts"] for item in pc.value_counts(rows["status"]).to_pylist()}
     counts = {status.value: found.pop(status.value, 0) for status in Status} | found
     handled = len(rows) if wall_images is None else wall_images
+    protocols = sorted(pc.unique(done["protocol"].drop_null()).to_pylist())
     return {
         "images": len(rows),
         "counts": counts,
         "scored": int(np.count_nonzero(~np.isnan(values["psnr"]))),
-        "protocols": sorted(pc.unique(done["protocol"].drop_null()).to_pylist()),
+        "protocols": protocols,
+        "conventions": [Convention.parse(name).words for name in protocols],
         **{name: _mean(scores) for name, scores in values.items()},
         "gain": _mean(gain),
         "gain_images": int(np.count_nonzero(~np.isnan(gain))),
@@ -166,9 +171,12 @@ def write_summary(output: Store, summary: Summary) -> str:
 
 
 def score_table(summary: Summary) -> list[tuple[str, str, str, str]]:
-    """(score, before, restored, change) for the scores this run has; no rows when nothing was scored."""
+    """(score, before, restored, change) for the scores this run has; no rows when nothing was scored.
+
+    The SSIM of the convention comes first: SSIM 3D where there is one, which the others leave out.
+    """
     rows = [("PSNR", "psnr", "{:.2f} dB", summary["gain"])]
-    for name, label in (("ssim_2d", "SSIM 2D"), ("ssim_3d", "SSIM 3D")):
+    for name, label in (("ssim_3d", "SSIM 3D"), ("ssim_2d", "SSIM 2D")):
         before, after = summary[f"{name}_input"], summary[name]
         rows.append((label, name, "{:.4f}", None if None in (before, after) else after - before))
     return [
@@ -190,6 +198,7 @@ def fact_table(summary: Summary) -> list[tuple[str, str]]:
         ("Restored", f"{summary['counts'][Status.RESTORED.value]:,}"),
         ("Scored against a reference", f"{summary['scored']:,}"),
         ("Scoring protocol", ", ".join(summary["protocols"])),
+        ("Scores", "; ".join(summary["conventions"])),
         ("Same as reference, before", f"{summary['identical_input'] or ''}"),
         ("Same as reference, restored", f"{summary['identical_restored'] or ''}"),
         *((f"{name.title()} gain", _pick(summary[name])) for name in ("worst", "median", "best")),

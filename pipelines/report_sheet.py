@@ -147,10 +147,10 @@ def _scores(title: str, row: dict[str, Any]) -> str:
     psnr = row[f"psnr{suffix}"]
     texts = ["" if psnr is None else "identical" if np.isinf(psnr) else f"{psnr:.2f}\u00a0dB"]
     planar, volume = row[f"ssim_2d{suffix}"], row[f"ssim_3d{suffix}"]
-    if planar is not None:
-        texts.append(f"SSIM\u00a02D\u00a0{planar:.4f}")
-    elif volume is not None:  # a side below 11 px has no other
+    if volume is not None:  # then it is the one of the convention
         texts.append(f"SSIM\u00a03D\u00a0{volume:.4f}")
+    elif planar is not None:
+        texts.append(f"SSIM\u00a02D\u00a0{planar:.4f}")
     return " · ".join(text for text in texts if text)
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 
+from nafnet.conventions import Convention
 from nafnet.images import RefusedImage, UnreadableImage, decode
-from nafnet.metrics import PROTOCOLS, Scores, score
+from nafnet.metrics import Scores, score
 from pipelines.datasets import same_key
 from pipelines.manifest import matches
 from pipelines.settings import IMAGE_GLOBS
@@ -23,7 +24,7 @@ class Scored:
     reason: str | None = None
 
 
-def score_folders(restored: str, reference: str, protocol: str) -> Iterator[Scored]:
+def score_folders(restored: str, reference: str, convention: Convention) -> Iterator[Scored]:
     """Score every image file below `restored` against its reference, in order of their keys, on all cores.
 
     Raises:
@@ -39,16 +40,16 @@ def score_folders(restored: str, reference: str, protocol: str) -> Iterator[Scor
     if not jobs:
         raise StorageError(f"nothing to score in {images.url()}")
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
-        yield from workers.map(partial(_score_one, restored, reference, protocol), jobs, chunksize=4)
+        yield from workers.map(partial(_score_one, restored, reference, convention), jobs, chunksize=4)
 
 
-def _score_one(restored: str, reference: str, protocol: str, job: tuple[str, str | None]) -> Scored:
+def _score_one(restored: str, reference: str, convention: Convention, job: tuple[str, str | None]) -> Scored:
     key, partner = job
     if partner is None:
         return Scored(key, None, f"no reference of that name in {reference}")
     try:
         image = decode(Store(restored).read(key)).pixels
         original = decode(Store(reference).read(partner)).pixels
-        return Scored(key, score(image, original, PROTOCOLS[protocol]))
+        return Scored(key, score(image, original, convention))
     except (UnreadableImage, RefusedImage, ValueError) as error:
         return Scored(key, None, str(error))

@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from nafnet.conventions import PROFILES, ProfileName, ProtocolName, no_variant
+from nafnet.images import check_output
 
 IMAGE_GLOBS = ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.webp", "*.bmp")
 
@@ -23,9 +26,13 @@ class RestoreJob(BaseModel):
         Field(description="Folder or prefix of sharp originals with the same relative names, to score against"),
     ] = None
     checkpoint: Annotated[
-        str,
-        Field(min_length=1, description="A file, a URL, or a name from the catalog (nafnet info lists them)"),
-    ] = "demo"
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(
+            min_length=1,
+            description="A file, a URL, or a name from the catalog (nafnet info lists them); "
+            "several run one after the other",
+        ),
+    ] = ("demo",)
     tlc: Annotated[bool | None, Field(description="Local attention windows; unset: what the catalog says, else on")] = (
         None
     )
@@ -37,16 +44,37 @@ class RestoreJob(BaseModel):
         ),
     ] = None
     protocol: Annotated[
-        Literal["gopro", "sidd", "reds", "stored"] | None,
-        Field(description="How scores are computed; unset: what the catalog says, else as stored"),
+        ProtocolName | None,
+        Field(description="The data set that scores are for; unset: what the catalog says, else as stored"),
     ] = None
+    metrics: Annotated[ProfileName, Field(description="Whose way of computing scores is followed")] = "authors"
+    crop_border: Annotated[int, Field(ge=0, description="Margin that basicsr and mmagic leave out of scores, px")] = 0
+    y_channel: Annotated[bool, Field(description="Score the luma alone, under basicsr and mmagic")] = False
     precision: Annotated[Literal["float32", "bf16", "float16"], Field(description="Number format of the network")] = (
         "float32"
     )
     tile: Annotated[
-        int | None, Field(ge=32, description="Restore in tiles of this side in px; unset: whole images")
-    ] = None
+        Annotated[int, Field(ge=32)] | Literal["auto", "whole"],
+        Field(description="Side of tiles in px, whole, or auto: whole where it fits into memory, else the largest"),
+    ] = "auto"
     halo: Annotated[int, Field(ge=0, description="Margin around a tile that is restored and thrown away, px")] = 192
+    strength: Annotated[
+        float, Field(gt=0, le=1, description="Share of the restored image in the result, the rest is the input")
+    ] = 1
+    self_ensemble: Annotated[
+        bool, Field(description="The mean over eight flips and rotations, in eight times the time")
+    ] = False
+    guard: Annotated[bool, Field(description="Give up implausible results for the input, and say so")] = True
+    deterministic: Annotated[bool, Field(description="The same bits on every run and with any number of actors")] = (
+        False
+    )
+    format: Annotated[
+        Literal["same", "png", "jpeg", "tiff", "webp", "bmp"], Field(description="File format to write")
+    ] = "same"
+    quality: Annotated[int | None, Field(description="1 to 100, of jpeg or webp; unset: 95, and lossless webp")] = None
+    subsampling: Annotated[
+        Literal["4:4:4", "4:2:2", "4:2:0"] | None, Field(description="Of a jpeg's colours; unset: 4:4:4")
+    ] = None
     actors: Annotated[
         int | None,
         Field(
@@ -68,7 +96,19 @@ class RestoreJob(BaseModel):
     )
     max_megapixels: Annotated[float, Field(gt=0, description="Images larger than this are refused")] = 250
 
-    @field_validator("checkpoint", "source", "output", "reference")
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _no_secrets_in_any(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for one in value:
+            cls._no_secrets(one)
+        return value
+
+    @field_validator("source", "output", "reference")
     @classmethod
     def _no_secrets(cls, value: str | None) -> str | None:
         user, at, _ = (value or "").partition("://")[2].partition("/")[0].rpartition("@")
@@ -76,6 +116,14 @@ class RestoreJob(BaseModel):
             raise ValueError("put credentials into the environment or a profile, never into a URL")
         if value and "://" in value and "?" in value and value.startswith(("http:", "https:")):
             raise ValueError("a URL's query may hold a signature, and URLs are recorded: give one without '?'")
+        return value
+
+    @field_validator("crop_border", "y_channel")
+    @classmethod
+    def _has_variants(cls, value: int, info: ValidationInfo) -> int:
+        metrics = info.data.get("metrics")  # absent when it is itself refused
+        if value and metrics and not PROFILES[metrics].variants:
+            raise ValueError(no_variant(metrics))
         return value
 
     @field_validator("source", "output", "reference")
@@ -89,7 +137,7 @@ class RestoreJob(BaseModel):
         return value.rstrip("/")
 
     @model_validator(mode="after")
-    def _places_apart(self) -> Self:
+    def _fits_together(self) -> Self:
         problems = []
         if _inside(self.output, self.source):
             problems.append(f"output {self.output} lies inside source {self.source}: it would be restored again")
@@ -99,6 +147,15 @@ class RestoreJob(BaseModel):
             problems.append(f"output {self.output} lies inside reference {self.reference}")
         if self.reference == self.source:
             problems.append("reference and source are the same place")
+        if self.deterministic and self.tile == "auto":
+            problems.append("deterministic needs a tile of so many px or 'whole': auto goes by the memory at hand")
+        if self.format != "same":
+            try:
+                check_output(self.format.upper(), self.quality, self.subsampling)
+            except ValueError as error:
+                problems.append(str(error))
+        elif self.quality is not None or self.subsampling is not None:
+            problems.append("quality and subsampling need a format to write: jpeg, or webp for quality alone")
         if problems:
             raise ValueError("; ".join(problems))
         return self

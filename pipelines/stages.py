@@ -8,7 +8,7 @@ raised, unless the work is contained (see `Work`).
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,9 +19,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from nafnet.images import Picture, RefusedImage, UnreadableImage, decode, encode
-from nafnet.metrics import PROTOCOLS, Scores, quantize, score
-from nafnet.restore import Recipe, Restorer, to_float
+import nafnet
+from nafnet import checkpoint
+from nafnet.conventions import Convention
+from nafnet.images import Picture, RefusedImage, UnreadableImage, decode, encode, holds_depth
+from nafnet.memory import available_bytes
+from nafnet.metrics import Scores, quantize, score
+from nafnet.recipe import Recipe
+from nafnet.restore import Restored, Restorer, to_float
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, ReportRow, Status
 from pipelines.storage import Store, UnsafeKey
 from pipelines.weights import locate
@@ -46,6 +51,10 @@ PIXEL_SCHEMA = pa.schema(
         pa.field("restored", pa.large_binary()),
         pa.field("seconds", pa.float64()),
         pa.field("tiles", pa.int32()),
+        pa.field("tile", pa.int32()),
+        pa.field("precision", pa.string()),
+        pa.field("suspect", pa.string()),
+        pa.field("note", pa.string()),
         pa.field("worker", pa.string()),
     ]
 )
@@ -58,8 +67,11 @@ class Work:
     """What every stage knows of the job.
 
     Attributes:
-        weights: the checkpoint as a person names it, found on the machine that restores; its hash must be the recipe's.
+        protocol: name of the convention that scores are under, as the report carries it.
+        weights: the checkpoints as a person names them, found on the machine that restores; their hashes must be the
+            recipe's.
         threads: threads of the network in one actor.
+        memory_share: what an actor may use of its machine's memory, or of its GPU's.
         contained: unexpected errors of one row become its status `crashed` instead of ending the block. Used to
             find out which row of a failed block was the bad one.
     """
@@ -67,12 +79,13 @@ class Work:
     source: str
     reference: str | None
     output: str
-    weights: str
+    weights: tuple[str, ...]
     recipe: Recipe
     protocol: str
     device: str
     max_pixels: int
     threads: int = 1
+    memory_share: float = 1.0
     contained: bool = False
 
     @property
@@ -114,18 +127,19 @@ def _fetch_one(row: Row, work: Work) -> Row:
     }
 
 
-def load_restorer(weights: str, recipe: Recipe, *, device: str = "cpu") -> Restorer:
+def load_restorer(
+    weights: Sequence[str], recipe: Recipe, *, device: str = "cpu", memory: int | None = None
+) -> Restorer:
     """The restorer that a settled recipe describes, from `weights` as a person names them (file, URL, catalog name).
 
     Raises:
         CheckpointError, ValueError: the weights cannot be found or read here, or are not those of the recipe.
     """
-    options = asdict(recipe)
-    del options["weights"]
-    restorer = Restorer.load(locate(weights), **options, device=device)
-    if restorer.recipe != recipe:
-        raise ValueError(f"{weights} is another file here than where the job was planned: {recipe.weights}")
-    return restorer
+    loaded = [checkpoint.load(locate(name)) for name in weights]
+    for name, found, step in zip(weights, loaded, recipe.steps, strict=True):
+        if found.sha256 != step.weights:
+            raise ValueError(f"{name} is another file here than where the job was planned: {step.weights}")
+    return Restorer([found.network for found in loaded], recipe, device=device, memory=memory)
 
 
 class RestoreActor:
@@ -134,33 +148,44 @@ class RestoreActor:
     def __init__(self, work: Work) -> None:
         """Load and check the weights. Raises CheckpointError or ValueError when they are not the recipe's."""
         torch.set_num_threads(work.threads)
+        if work.recipe.deterministic:  # cuBLAS reads it when it starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.work = work
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
-        self.restorer = load_restorer(work.weights, work.recipe, device=work.device)
+        # On a GPU one image is copied while another is restored; on a CPU both would want the same cores.
+        self._at_once = 1 if work.device == "cpu" else 2
+        memory = int(available_bytes(work.device, work.memory_share) / self._at_once)
+        self.restorer = load_restorer(work.weights, work.recipe, device=work.device, memory=memory)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`PIXEL_SCHEMA` in and out."""
-        rows = [self._restore_one(row) if row["status"] is None else row for row in _rows(batch)]
+        with ThreadPoolExecutor(self._at_once) as threads:
+            rows = list(threads.map(lambda row: row if row["status"] else self._restore_one(row), _rows(batch)))
         return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
 
     def _restore_one(self, row: Row) -> Row:
         started = time.perf_counter()
         pixels = _pixels(row, "pixels", row["dtype"])
-        if row["reference"] is not None and not PROTOCOLS[self.work.protocol].rounds:
-            pixels = to_float(pixels)  # scored before it is rounded
+        scored_unrounded = row["reference"] is not None and not Convention.parse(self.work.protocol).rounds
+        if scored_unrounded or _written_dtype(row, self.work) != row["dtype"]:
+            pixels = to_float(pixels)  # rounded once, by whoever needs integers
         try:
-            restored = self.restorer(pixels)
-        except ValueError as error:  # not an image this network takes, such as colour for a grey one
+            restored: Restored = self.restorer.restore(pixels)
+        except (ValueError, MemoryError) as error:  # such as colour for a network of grey images, or far too large
             return _end(row, Status.REFUSED, str(error))
         except self.work.caught as error:
             return _crashed(row, "restoring it", error)
         return {
             **row,
             "pixels": row["pixels"] if row["reference"] is not None else None,  # needed again only to score
-            "restored": restored.tobytes(),
-            "restored_dtype": restored.dtype.name,
+            "restored": restored.pixels.tobytes(),
+            "restored_dtype": restored.pixels.dtype.name,
             "seconds": time.perf_counter() - started,
-            "tiles": self.restorer.tiles(row["height"], row["width"]),
+            "tiles": restored.tiles,
+            "tile": restored.tile,
+            "precision": restored.precision,
+            "suspect": restored.suspect,
+            "note": restored.note,
             "worker": self.worker,
         }
 
@@ -177,23 +202,25 @@ def _finish_one(row: Row, work: Work) -> ReportRow:
     if row["status"] is None:
         try:
             scores = _score_one(row, work)
-            Store(work.output).write(f"images/{row['key']}", _encode(row))
-            row["status"] = Status.RESTORED
+            output = Store(work.output)
+            output.write(output.key(row["output"]), _encode(row, work))
+            row["status"] = Status.SUSPECT if row["suspect"] else Status.RESTORED
+            row["reason"] = row["suspect"]
         except _Mismatch as error:
             row = _end(row, error.status, str(error))
         except work.caught as error:
             row = _crashed(row, "scoring or writing it", error)
     depth = np.dtype(row["dtype"]).itemsize * 8 if row["dtype"] else None
-    restored = row["status"] == Status.RESTORED
+    written = row["status"] in (Status.RESTORED, Status.SUSPECT)
     return ReportRow(
         **{name: row[name] for name in ("key", "status", "source", "size", "fingerprint", "reason", "reference")},
         **{name: row[name] for name in ("width", "height", "channels", "fetch_seconds", "worker")},
         bit_depth=depth,
         recipe=work.recipe.hash,
         seconds=row["seconds"],
-        tiles=row["tiles"],
-        output=row["output"] if restored else None,
-        finish_seconds=time.perf_counter() - started if restored else None,
+        **{name: row[name] for name in ("tiles", "tile", "precision", "note")},
+        output=row["output"] if written else None,
+        finish_seconds=time.perf_counter() - started if written else None,
         finished_at=datetime.now(UTC),
         protocol=work.protocol if row["reference"] is not None else None,
         **scores,
@@ -223,11 +250,11 @@ def _score_one(row: Row, work: Work) -> dict[str, Any]:
             Status.MISMATCHED,
             f"{_size(restored)} against a reference of {_size(reference)}: {row['reference']}",
         )
-    protocol = PROTOCOLS[work.protocol]
+    convention = Convention.parse(work.protocol)
     try:
-        before, after = score(degraded, reference, protocol), score(restored, reference, protocol)
+        before, after = score(degraded, reference, convention), score(restored, reference, convention)
     except ValueError as error:
-        raise _Mismatch(Status.MISMATCHED, f"cannot be scored as {protocol.name}: {error}") from error
+        raise _Mismatch(Status.MISMATCHED, f"cannot be scored as {convention.name}: {error}") from error
     return {**_columns(before, "_input"), **_columns(after, "")}
 
 
@@ -235,13 +262,30 @@ def _columns(scores: Scores, suffix: str) -> dict[str, float | None]:
     return {f"{name}{suffix}": value for name, value in asdict(scores).items()}
 
 
-def _encode(row: Row) -> bytes:
-    """The restored image in its source's format and depth. Raises _Mismatch when that cannot be written."""
-    restored = quantize(_pixels(row, "restored", row["restored_dtype"]), row["dtype"])
+def _encode(row: Row, work: Work) -> bytes:
+    """The restored image as the recipe has it written. Raises _Mismatch when that is not possible."""
+    restored = quantize(_pixels(row, "restored", row["restored_dtype"]), _written_dtype(row, work))
+    recipe = work.recipe
     try:
-        return encode(Picture(restored, row["format"], row["icc"], row["exif"]))
+        return encode(
+            Picture(restored, _written_format(row, work), row["icc"], row["exif"]),
+            quality=recipe.quality,
+            subsampling=recipe.subsampling,
+            note=f"nafnet-pipelines {nafnet.__version__}: recipe {recipe.hash}, weights {recipe.weights}",
+        )
     except ValueError as error:
         raise _Mismatch(Status.REFUSED, f"read, but cannot be written back: {error}") from error
+
+
+def _written_format(row: Row, work: Work) -> str:
+    return str(row["format"]) if work.recipe.output == "same" else work.recipe.output
+
+
+def _written_dtype(row: Row, work: Work) -> str:
+    """The source's depth, or 8 bits where a chosen format holds no other."""
+    dtype = str(row["dtype"])
+    chosen = work.recipe.output != "same"
+    return "uint8" if chosen and not holds_depth(work.recipe.output, np.dtype(dtype).itemsize * 8) else dtype
 
 
 def _read(prefix: str, key: str, max_pixels: int) -> Picture:

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from skimage.restoration import denoise_nl_means, estimate_sigma
 
+from nafnet.conventions import Convention
 from nafnet.images import Picture, decode, encode
-from nafnet.metrics import PROTOCOLS, psnr, score
+from nafnet.metrics import psnr, score
 from nafnet.model import NetConfig, Network
 from nafnet.restore import Restorer
 from nafnet.tlc import localize
@@ -99,7 +100,7 @@ def picture_rows(runs: int) -> list[dict[str, object]]:
         measure("PNG decode against Pillow's", lambda: decode(ours), lambda: Image.open(io.BytesIO(ours)).load(), runs),
         measure(
             "PSNR, SSIM-2D and SSIM-3D against scikit-image's SSIM-2D",
-            lambda: score(noisy, photo, PROTOCOLS["gopro"]),
+            lambda: score(noisy, photo, Convention("gopro")),
             lambda: skimage_ssim(noisy, photo),
             runs,
         ),

@@ -4,7 +4,7 @@ import pytest
 
 from nafnet import checkpoint
 from nafnet.catalog import CATALOG, find_hash
-from nafnet.metrics import PROTOCOLS
+from nafnet.conventions import PROTOCOLS
 from nafnet.model import NetConfig
 
 GOPRO = ((1, 1, 1, 28), 1, (1, 1, 1, 1))

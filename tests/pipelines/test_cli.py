@@ -1,5 +1,6 @@
 """The command as a person types it."""
 
+import math
 import os
 import re
 import subprocess
@@ -45,23 +46,33 @@ def test_restore_prints_what_came_of_it_and_nothing_else(
     lines = done.stdout.splitlines()
     assert lines[0] == "4 images: 3 restored, 1 unreadable"
     assert re.fullmatch(r"mean PSNR  \d+\.\d\d dB before, \d+\.\d\d dB after \([+-]\d+\.\d\d dB\)", lines[1])
-    assert lines[2:] == [f"images     {tmp_path}/out/images", f"report     {tmp_path}/out/report.html"]
+    assert re.fullmatch(r"SSIM-3D    -?0\.\d{4} before, -?0\.\d{4} after \([+-]\d\.\d{4}\)", lines[2])
+    assert lines[3] == "scores     stored: the NAFNet authors' PSNR and SSIM-3D, prediction rounded"
+    assert lines[4:] == [f"images     {tmp_path}/out/images", f"report     {tmp_path}/out/report.html"]
     said = done.stderr.splitlines()
     assert said[0] == "4 images match: 4 to restore, 0 finished in an earlier run, 0 that cannot be"
     assert re.fullmatch(r"4 of 4 images, \d+\.\d\d images/s, 0 s left, 1 not restored", said[-2])
     assert said[-1].startswith("nafnet: 4 images: 3 restored, 1 unreadable (tolerated: 0 not restored)")
     assert len(said) <= 5  # no chatter of Ray's or Prefect's
 
+    words += ["--checkpoint", checkpoint_file, "--no-tlc", "--metrics", "basicsr", "--crop-border", "4", "--y-channel"]
+    done = nafnet(*words, env=prefect_home)
+    assert "4 images match: 4 to restore, 0 finished" in done.stderr  # scored anew under another convention
+    lines = done.stdout.splitlines()
+    assert lines[2].startswith("SSIM-2D    ")
+    assert lines[3].startswith("scores     stored+basicsr+y+crop4: BasicSR's PSNR and SSIM-2D of the Y channel")
+
 
 def test_dry_run_writes_nothing(tmp_path: Path, checkpoint_file: Path) -> None:
     for i in range(20):
         write(tmp_path / "in", f"{i}.png", np.zeros((100, 200, 3), np.uint8))
-    words = ["restore", tmp_path / "in", tmp_path / "out", "--dry-run", "--checkpoint"]
+    words = ["restore", tmp_path / "in", tmp_path / "out", "--dry-run", "--metrics", "mmagic", "--checkpoint"]
     env = {**os.environ, "NAFNET_CACHE": str(tmp_path / "cache")}
     assert nafnet(*words, f"file://{checkpoint_file}", env=env).returncode == 0
     done = nafnet(*words, checkpoint_file)
     assert done.returncode == 0, done.stderr
     assert "20 match: 20 to restore, 0 finished, 0 that cannot be" in done.stdout
+    assert ", protocol stored+mmagic\n" in done.stdout
     assert "megapixels about 0.4 (from 10 images; largest 200x100, no tiles)" in done.stdout
     assert re.search(r"memory     about \d+\.\d GiB an actor", done.stdout)
     assert re.search(r"time       about \d+ s", done.stdout)
@@ -78,6 +89,11 @@ def test_dry_run_writes_nothing(tmp_path: Path, checkpoint_file: Path) -> None:
         ),
         (["restore", "/a", "/a/b"], "output /a/b lies inside source /a"),
         (["restore", "/a", "/b", "--actors", "0", "--halo", "-1"], "--halo: .*\n.*--actors: "),
+        (
+            ["restore", "/a", "/b", "--crop-border", "4", "--y-channel"],
+            "--crop-border: not with .*\n.*--y-channel: not",
+        ),
+        (["score", "/a", "/b", "--crop-border", "4", "--y-channel"], "crop_border: not with .* y_channel: not with"),
         (["train", "x.safetensors", "--enc-blocks", "a,b"], "--enc-blocks takes numbers"),
         (["train", "x.safetensors", "--crop", "50"], "crop_px must be a multiple of 16"),
         (["train", "x.pth"], "must end in .safetensors"),
@@ -112,6 +128,14 @@ def test_score_compares_two_folders(tmp_path: Path) -> None:
     assert "1 images equal their reference: not in the mean PSNR" in done.stdout
     assert " 48.1308 " in done.stdout
     assert re.search(r"^ 45\.1205 .* mean of 3 under protocol stored$", done.stdout, re.MULTILINE)
+    assert done.stdout.startswith("    PSNR  SSIM-3D  SSIM-2D  image\n")
+    assert "\nscores are the NAFNet authors' PSNR and SSIM-3D, prediction rounded\n" in done.stdout
+    done = nafnet("score", tmp_path / "a", tmp_path / "b", "--metrics", "basicsr", "--y-channel", "--crop-border", "2")
+    assert done.stdout.startswith("    PSNR  SSIM-2D  image\n")
+    luma = 20 * math.log10(255 / (219 / 255))  # one grey level is 219/255 of luma
+    assert re.search(rf"^ {luma:.4f} +0\.\d{{4}}  1\.png$", done.stdout, re.MULTILINE)
+    assert " mean of 3 under protocol stored+basicsr+y+crop2\nscores are BasicSR's PSNR" in done.stdout
+    assert "1 images equal their reference: not in the mean PSNR" in done.stdout
 
 
 def test_train_makes_a_checkpoint_that_info_reads(tmp_path: Path) -> None:

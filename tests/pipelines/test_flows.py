@@ -17,6 +17,7 @@ from nafnet.model import NetConfig
 from nafnet.restore import Restorer
 from pipelines import flows
 from pipelines.report import read_rows
+from pipelines.settings import RestoreJob
 from pipelines.storage import Store
 from tests.conftest import GOPRO_LIKE, SIDD_LIKE, random_network, save_published
 
@@ -126,6 +127,18 @@ def test_checkpoints_in_the_published_format(
         written = decode((tmp_path / "out" / "images" / name).read_bytes()).pixels.astype(int)
         assert np.abs(written - alone).max() <= 1  # another number of threads may round the other way
         assert np.mean(written != alone) < 1e-3
+
+
+def test_the_convention_is_settled_with_the_checkpoint(tmp_path: Path, checkpoint_file: Path) -> None:
+    places = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "checkpoint": str(checkpoint_file)}
+    variant = {"metrics": "mmagic", "crop_border": 4, "y_channel": True}
+    for settings, name in (
+        ({}, "stored"),
+        ({"protocol": "gopro"}, "gopro"),
+        ({"protocol": "gopro", "metrics": "basicsr"}, "gopro+basicsr"),
+        (variant, "stored+mmagic+y+crop4"),
+    ):
+        assert flows.prepare(RestoreJob.model_validate({**places, **settings})).protocol == name
 
 
 def test_from_bucket_to_bucket(s3_url: str, rng: np.random.Generator, checkpoint_file: Path) -> None:

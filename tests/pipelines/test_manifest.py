@@ -27,9 +27,9 @@ def job(tmp_path: Path, **settings: object) -> RestoreJob:
     return RestoreJob.model_validate(values)
 
 
-def report_rows(rows: pa.Table, status: str, recipe: str) -> pa.Table:
+def report_rows(rows: pa.Table, status: str, recipe: str, protocol: str | None = None) -> pa.Table:
     made = [
-        {**row, "status": status, "recipe": recipe, "finished_at": datetime.now(UTC), "protocol": None}
+        {**row, "status": status, "recipe": recipe, "finished_at": datetime.now(UTC), "protocol": protocol}
         for row in rows.to_pylist()
     ]
     return pa.Table.from_pylist([{k: row.get(k) for k in REPORT_SCHEMA.names} for row in made], schema=REPORT_SCHEMA)
@@ -92,6 +92,21 @@ def test_another_recipe_in_between_makes_the_first_be_done_again(tmp_path: Path)
         writer.write(report_rows(pairs, "restored", recipe))
     assert len(plan(job(tmp_path), "second", "stored").pairs) == 0
     assert len(plan(job(tmp_path), "first", "stored").pairs) == 1  # its image was replaced
+
+
+def test_another_convention_makes_what_was_scored_be_done_again(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.png", "unscored.png")
+    pairs = plan(job(tmp_path), "r", "gopro").pairs
+    writer = PartWriter(Store(str(tmp_path / "out")))
+    writer.write(report_rows(pairs.slice(0, 1), "restored", "r", "gopro"))
+    writer.write(report_rows(pairs.slice(1, 1), "restored", "r"))
+    assert len(plan(job(tmp_path), "r", "gopro").pairs) == 0  # a row from before there were profiles stays valid
+    for other in ("gopro+basicsr", "gopro+mmagic", "sidd"):
+        assert plan(job(tmp_path), "r", other).pairs["key"].to_pylist() == ["a.png"]
+    writer.write(report_rows(pairs.slice(0, 1), "restored", "r", "gopro+basicsr"))
+    assert len(plan(job(tmp_path), "r", "gopro+basicsr").pairs) == 0
+    for other in ("gopro", "gopro+basicsr+y", "gopro+basicsr+crop4"):
+        assert plan(job(tmp_path), "r", other).pairs["key"].to_pylist() == ["a.png"]
 
 
 def test_a_name_that_is_not_text_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:

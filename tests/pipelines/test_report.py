@@ -208,6 +208,7 @@ def test_summary_counts_every_status_and_keeps_infinities_out_of_the_means() -> 
     assert summary["median"] == {"key": "b", "gain": 3.0}
     assert summary["best"] == {"key": "a", "gain": 10.0}
     assert summary["protocols"] == ["gopro"]
+    assert summary["conventions"] == ["the NAFNet authors' PSNR and SSIM-3D, prediction rounded"]
     assert summary["megapixels"] == pytest.approx(5 * 0.5 + 1)
     assert summary["network_seconds"] == pytest.approx(12)
     assert summary["network_seconds_mean"] == pytest.approx(2.4)
@@ -234,6 +235,22 @@ def test_markdown_shows_the_numbers_and_escapes_keys() -> None:
     assert "| Wall time | 3 min 20 s |" in text
     assert "&lt;script&gt;\\|\\`\\*x\\*\\` # y |" in text
     assert "<script>" not in text
+
+
+def test_the_ssim_of_the_convention_comes_first_and_the_convention_is_named(
+    output: Store, photos: list[dict[str, Any]]
+) -> None:
+    rows = table(*(photo | {"ssim_3d_input": 0.6, "ssim_3d": 0.9} for photo in photos))
+    text = summary_markdown(summarize(rows))
+    assert text.index("| SSIM 3D | 0.6000 | 0.9000 |") < text.index("| SSIM 2D | 0.5000 | 0.7500 |")
+    assert "| Scores | the NAFNet authors&#x27; PSNR and SSIM-3D, prediction rounded |" in text
+    assert {strip.crops[1].caption.split(" · ")[1] for strip in load_strips(rows)} == {"SSIM\u00a03D\u00a00.9000"}
+
+    rows = table(*(photo | {"protocol": "gopro+basicsr+y+crop4"} for photo in photos))
+    _, page = render(output, rows)
+    words = "BasicSR's PSNR and SSIM-2D of the Y channel without 4 px on each side, prediction rounded"
+    assert f"Scoring protocol gopro+basicsr+y+crop4 Scores {words}" in page.text
+    assert "SSIM 3D" not in page.text
 
 
 def test_extremes_take_the_lower_median_and_ignore_nan() -> None:

@@ -21,6 +21,18 @@ def test_all_bad_parameters_are_named_at_once() -> None:
     assert {error["loc"][0] for error in caught.value.errors()} == {"tile", "actors", "precision", "colour"}
 
 
+def test_the_authors_scores_have_no_variants_and_that_is_said_with_the_rest() -> None:
+    places = {"source": "/in", "output": "/out"}
+    with pytest.raises(ValidationError, match="use metrics basicsr or mmagic") as caught:
+        RestoreJob.model_validate({**places, "crop_border": 4, "y_channel": True, "tile": 3})
+    assert {error["loc"][0] for error in caught.value.errors()} == {"crop_border", "y_channel", "tile"}
+    with pytest.raises(ValidationError) as caught:
+        RestoreJob.model_validate({**places, "metrics": "lpips", "crop_border": -1})
+    assert {error["loc"][0] for error in caught.value.errors()} == {"metrics", "crop_border"}
+    job = RestoreJob.model_validate({**places, "metrics": "mmagic", "crop_border": 4, "y_channel": True})
+    assert (job.metrics, job.crop_border, job.y_channel) == ("mmagic", 4, True)
+
+
 def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.chdir(str(tmp_path))
     job = RestoreJob(source="photos/", output="s3://bucket/out/")

@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from nafnet.conventions import Convention
 from nafnet.images import Picture, decode, encode
-from nafnet.metrics import psnr, ssim_3d
+from nafnet.metrics import psnr, score, ssim_3d
 from nafnet.restore import Restorer, to_float
 from pipelines.manifest import plan
 from pipelines.records import REPORT_SCHEMA
@@ -86,10 +87,25 @@ def test_sidd_is_scored_before_rounding_and_written_after(places: Path, checkpoi
     rows = {row["key"]: row for row in walk(work, pairs)}
     degraded = decode((places / "in" / "colour.png").read_bytes()).pixels
     exact = np.asarray(Restorer.load(checkpoint_file)(to_float(degraded)))
-    expected = psnr(exact.astype(np.float64), degraded / 255, data_range=1.0)
+    expected = psnr(exact, to_float(degraded), data_range=1.0)
     assert rows["colour.png"]["psnr"] == pytest.approx(expected, abs=1e-9)
     assert rows["colour.png"]["protocol"] == "sidd"
     assert decode((places / "out" / "images" / "colour.png").read_bytes()).pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("protocol", ["stored+basicsr", "stored+basicsr+y+crop4", "stored+mmagic", "stored+mmagic+y"])
+def test_a_row_has_the_scores_of_its_convention(places: Path, checkpoint_file: Path, protocol: str) -> None:
+    work, pairs = work_and_pairs(places, checkpoint_file, protocol=protocol)
+    rows = {row["key"]: row for row in walk(work, pairs)}
+    convention, restorer = Convention.parse(protocol), Restorer.load(checkpoint_file)
+    for key, row in rows.items():
+        degraded = decode((places / "in" / str(key)).read_bytes()).pixels
+        prediction = restorer(degraded if convention.rounds else to_float(degraded))
+        expected = score(prediction, degraded, convention)  # the reference is the same file
+        assert row["protocol"] == protocol
+        assert (row["psnr_input"], row["ssim_3d_input"], row["ssim_3d"]) == (np.inf, None, None)
+        assert row["psnr"] == pytest.approx(expected.psnr, abs=1e-9)
+        assert row["ssim_2d"] == pytest.approx(expected.ssim_2d, abs=1e-9)
 
 
 def test_bad_images_end_as_rows_with_a_reason(places: Path, checkpoint_file: Path, rng: np.random.Generator) -> None:
