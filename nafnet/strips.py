@@ -42,18 +42,24 @@ class StripNetwork:
         stride = self.config.stride
         image = F.pad(image, (0, 0, 0, -width % stride, 0, -height % stride))
         x = self._intro(image.to(self.dtype), self.dtype)
+        # What blocks make between their walks, largest at full resolution: fresh memory for each would cost more than
+        # what some of them compute.
+        config = self.config
+        inner = config.width * config.dw_expand // (2 if config.activation == "gate" else 1)
+        space = x.new_empty(x.shape[0] * x.shape[1] * inner)
         skips = []
         for encoder, down in zip(self._encoders, self._downs, strict=True):
             for block in encoder:
-                block(x)
+                block(x, space)
             skips.append(x)
             x = down(x)
         for block in self._middle:
-            block(x)
+            block(x, space)
         for up, decoder in zip(self._ups, self._decoders, strict=True):
             x = up(x, skips.pop())
             for block in decoder:
-                block(x)
+                block(x, space)
+        del space
         return self._ending(x, torch.float32).add_(image)[:height, :width]
 
 
@@ -75,8 +81,11 @@ class _Block:
             pool, *self.excite = (_linear(layer, dtype) for layer in attention)
             self.window = pool.side if isinstance(pool, LocalAvgPool2d) else None
 
-    def __call__(self, x: Tensor) -> None:
-        y = self._first_walk(x)
+    def __call__(self, x: Tensor, space: Tensor) -> None:
+        """`space` is memory for (H, W, inner)."""
+        height, width, _ = x.shape
+        inner = self.conv3[1].shape[0]
+        y = self._first_walk(x, space[: height * width * inner].view(height, width, inner))
         bias, weight = self.conv3
         if self.window is not None:
             self._second_walk(x, y, self.conv3, self.window)
@@ -86,12 +95,10 @@ class _Block:
             weight = self._attention(mean)[0][:, None] * weight
         self._second_walk(x, y, (bias, weight), None)
 
-    def _first_walk(self, x: Tensor) -> Tensor:
-        """Norm, 1x1, depthwise 3x3 and activation: (H, W, C) to (H, W, inner)."""
+    def _first_walk(self, x: Tensor, y: Tensor) -> Tensor:
+        """Norm, 1x1, depthwise 3x3 and activation: (H, W, C) to (H, W, inner), which is y."""
         height, width, _ = x.shape
         wide = self.conv1[1].shape[1]
-        inner = self.conv3[1].shape[0]
-        y = x.new_empty(height, width, inner)
         rows = min(_rows(width * wide * x.element_size()), height)
         ring = x.new_empty(rows + 2, width, wide)  # row 0 is the one above the strip, the last the one below
         ring[0].zero_()
