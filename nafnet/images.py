@@ -52,6 +52,8 @@ _FOREIGN_SIGNATURES = (
     (0, b"8BPS", "Photoshop"),
     (0, b"MM\0+", "big-endian BigTIFF"),  # which Pillow's TIFF directory misreads
 )
+# Pillow's time for one row grows with the square of its length: at 100 million pixels it takes minutes.
+_PILLOW_SIDE = 65535
 
 
 class _Format(NamedTuple):
@@ -69,7 +71,7 @@ _FORMATS = {
     "JPEG": _Format(".jpg", {1, 3}, {8}, 65500, lossy=True),
     "TIFF": _Format(".tif", {1, 2, 3, 4}, {8, 16, 32}, 2**31 - 1),
     "WEBP": _Format(".webp", {3, 4}, {8}, 16383, lossy=True),
-    "BMP": _Format(".bmp", {1, 3, 4}, {8}, 2**31 - 1),
+    "BMP": _Format(".bmp", {1, 3, 4}, {8}, _PILLOW_SIDE),
 }
 # As Pillow counts them
 _SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
@@ -140,7 +142,7 @@ def decode(data: bytes, *, max_pixels: int = 250_000_000) -> Picture:
 
     Raises `UnreadableImage` for bytes that are no image or are damaged, and `RefusedImage` for more than
     `max_pixels` (height x width), several frames or pages, or a kind outside the above (16-bit CMYK, floats
-    outside [0, 1]).
+    outside [0, 1], palettes and CMYK of more than 65535 px a side).
     """
     kind = _sniff(data)
     try:
@@ -305,8 +307,12 @@ def _unpack_profile(chunk: bytes) -> bytes:
 def _read_tiff(data: bytes, max_pixels: int) -> Picture:
     tags = TiffDirectory.read(data)
     _check_size(tags.number(256), tags.number(257), max_pixels)
-    _check_size(tags.number(322, 1), tags.number(323, 1), max_pixels)  # a tile, which libtiff allocates whole
+    if 322 in tags.entries or 323 in tags.entries:
+        _check_size(tags.number(322), tags.number(323), max_pixels)  # a tile, which libtiff allocates whole
     _check_frames(2 if tags.following else 1)
+    depth, tile_depth = tags.number(32997, 1), tags.number(32998, 1)
+    if (depth, tile_depth) != (1, 1):
+        raise RefusedImage(f"a volume of {depth} slices in tiles of {tile_depth}; save the slices as images first")
     photometric = tags.number(262)
     kinds = {(bits, kind) for bits in tags.numbers(258, 1) for kind in tags.numbers(339, 1)}
     if photometric in (0, 1, 2) and kinds in ({(8, 1)}, {(16, 1)}, {(32, 3)}):
@@ -409,6 +415,9 @@ def _read_bmp(data: bytes, max_pixels: int) -> Picture:
 def _pillow_pixels(image: ImageFile, max_pixels: int) -> Pixels:
     """As (H, W, C). The caller opened it by its class: `Image.open` has its own limit, for the whole process."""
     _check_size(*image.size, max_pixels)
+    if max(image.size) > _PILLOW_SIDE:
+        width, height = image.size
+        raise RefusedImage(f"{image.format} of {width}x{height} px, over {_PILLOW_SIDE} a side; split it into pieces")
     image.load()
     target = _MODES.get(image.mode)
     if target is None:

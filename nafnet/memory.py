@@ -18,7 +18,7 @@ LADDER = (4096, 3072, 2048, 1536, 1024, 768, 640, 512)
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
 STRIP_BYTES = 2**21  # of the widest map in a strip of `nafnet.strips`, for each thread
 
-_LIBRARIES_BYTES = 500 * 2**20  # a process that has imported torch and Ray, before it restores anything
+_LIBRARIES_BYTES = 400 * 2**20  # a process that has imported torch and Ray, before it restores anything
 _STRIP_MAPS = 6  # of at most STRIP_BYTES a thread, alive at once
 _SHARE = 0.6  # of a machine's memory; the rest is for its other work
 _DEVICE_SHARE = 0.9  # of what is free on a GPU
@@ -29,18 +29,20 @@ def network_bytes(
 ) -> int:
     """Peak of the feature maps while one image of height x width px passes through the network.
 
-    On a CPU (`nafnet.strips`) that is two maps at full resolution: a block's input, which is its output too, and what
-    its gate lets through. On a GPU a block also holds, at worst, the skip connection, the two outputs of dw_expand
-    times `width` channels around the depthwise convolution, one output of its activation, and running sums in float32.
+    On a CPU (`nafnet.strips`) that is what a block's gate lets through, at full resolution, and the skip connections:
+    each level's map is half as large as that of the level above it. On a GPU a block also holds, at worst, the skip
+    connection, the two outputs of dw_expand times `width` channels around the depthwise convolution, one output of its
+    activation, and running sums in float32.
     """
     pixels = _padded(height, config) * _padded(width, config)
     number = DTYPES[precision].itemsize
-    image = 3 * 4 * config.image_channels * pixels  # in, padded, out
+    image = 4 * config.image_channels * pixels
     inner = config.width * config.dw_expand // (2 if config.activation == "gate" else 1)
     if device == "cpu":
-        return image + (config.width + inner) * pixels * number + _STRIP_MAPS * STRIP_BYTES * torch.get_num_threads()
+        maps = (2 * config.width + inner) * pixels * number
+        return 2 * image + maps + _STRIP_MAPS * STRIP_BYTES * torch.get_num_threads()
     local = 0 if config.attention == "none" else 2 * 4 * inner * pixels
-    return image + (3 + 2 * config.dw_expand) * config.width * pixels * number + local
+    return 3 * image + (3 + 2 * config.dw_expand) * config.width * pixels * number + local
 
 
 def weights_bytes(configs: Iterable[NetConfig], *, precision: Precision = "float32") -> int:
@@ -50,7 +52,7 @@ def weights_bytes(configs: Iterable[NetConfig], *, precision: Precision = "float
 
 
 def image_bytes(height: int, width: int, channels: int, *, tiled: bool) -> int:
-    """What is held of the image itself: as read and as it will be written, and the sum of its tiles in float32."""
+    """What is held of the image itself: as read and as it will be written, and sums of tiles and of steps in float32."""
     return height * width * channels * (2 * 2 + (4 if tiled else 0) + 4)
 
 

@@ -170,6 +170,9 @@ class Restorer:
             if colours not in (config.image_channels, 1):
                 raise ValueError(f"the network takes {config.image_channels} channels, the image has {colours}")
         height, width = image.shape[:2]
+        if not self._proven:  # first, since float32 may need smaller tiles
+            with self._settings():
+                self._prove(colour)
         notes: list[str] = []
         for tile in self._rungs(height, width):
             try:
@@ -206,7 +209,7 @@ class Restorer:
 
     def process_bytes(self, height: int, width: int, tile: int | None) -> int:
         """The planned peak of this process for an image of this size (px) in tiles of `tile` px (None: whole)."""
-        precision = self.recipe.precision
+        precision: Precision = "float32" if self._fallback else self.recipe.precision
         return process_bytes(self.configs, height, width, tile=tile, precision=precision, device=self.device)
 
     def describe(self) -> str:
@@ -253,30 +256,29 @@ class Restorer:
     def _attempt(self, colour: Pixels, tile: int | None) -> tuple[Floats, Precision, str | None]:
         """All steps in one tile size; also the precision that did it and why it is not the recipe's."""
         precision = self.recipe.precision
-        if not self._proven:
-            self._prove(colour)
         if self._fallback is None:
             values = self._chain(colour, tile, precision)
             if precision == "float32" or np.isfinite(values).all():
                 return values, precision, None
+            del values  # makes room for those that follow
             self._fallback = f"{precision} gave values that are not finite: float32 instead"
-        reason = self._fallback
-        if not self._proven:  # deterministic: each image by itself, or the bits would hang on which came before
-            self._fallback = None
-        return self._chain(colour, tile, "float32"), "float32", reason
+        return self._chain(colour, tile, "float32"), "float32", self._fallback
 
     def _prove(self, colour: Pixels) -> None:
         """Compare the recipe's precision with float32 on the centre of an image, and fall back if they differ."""
         top, left = (max(side - _CROP_PX, 0) // 2 for side in colour.shape[:2])
         crop = colour[top : top + _CROP_PX, left : left + _CROP_PX]
-        exact = self._chain(crop, None, "float32")
-        error = float(np.square(self._chain(crop, None, self.recipe.precision) - exact, dtype=np.float64).mean())
+        self._fallback = None
+        exact, close = self._chain(crop, None, "float32"), self._chain(crop, None, self.recipe.precision)
+        with np.errstate(invalid="ignore"):  # infinite both: NaN, which disagrees
+            error = float(np.square(close - exact, dtype=np.float64).mean())
         if not error <= 10 ** (-AGREEMENT_DB / 10):  # NaN too
             agreement = f"{-10 * np.log10(error):.1f} dB" if np.isfinite(error) else "no finite value"
             self._fallback = (
                 f"{self.recipe.precision} agrees with float32 by {agreement} on a crop, {AGREEMENT_DB:g} dB are "
                 "asked for: float32 instead"
             )
+        # Deterministic: each image by itself, or the bits would hang on which came before.
         self._proven = not self.recipe.deterministic
 
     def _chain(self, colour: Pixels, tile: int | None, precision: Precision) -> Floats:
@@ -368,7 +370,8 @@ def _apply(network: Callable[[Tensor], Tensor], channels: int, piece: Pixels) ->
     if grey:
         values = np.repeat(values, channels, axis=-1)
     # torch cannot read what is read-only or runs backwards: only those are copied
-    restored = network(torch.from_numpy(np.require(values, requirements=["C", "W"]))).numpy()
+    values = np.require(values, requirements=["C", "W"])
+    restored = network(torch.from_numpy(values)).numpy()
     return restored.mean(axis=-1, keepdims=True) if grey else cast(Floats, restored)
 
 
@@ -385,7 +388,9 @@ def settle(loaded: checkpoint.Checkpoint, *, tlc: bool | None, train_size: int |
     entry = catalog.find_hash(loaded.sha256)
     if tlc is None:
         tlc = entry.tlc if entry else True
-    return Step(loaded.sha256, tlc, train_size or loaded.train_size or (entry.train_size if entry else 256))
+    if train_size is None:
+        train_size = loaded.train_size or (entry.train_size if entry else 256)
+    return Step(loaded.sha256, tlc, train_size)
 
 
 def _check(image: Pixels) -> None:

@@ -129,7 +129,6 @@ def restore(
     for name in ("dry_run", "verbose"):
         del given[name]
     given["exclude"] = tuple(exclude or ())
-    given["tile"] = int(tile) if tile.isdecimal() else tile
     for name in ("include", "checkpoint"):
         if given[name] is None:
             del given[name]
@@ -376,7 +375,7 @@ def _dry_run(job: Any) -> None:
     print(f"recipe     {todo.recipe}, protocol {prepared.protocol}")
     if cost.sampled:
         height, width = cost.largest
-        tiles = f"{cost.tiles} tiles" if cost.tiles > 1 else "no tiles"
+        tiles = f"{cost.tiles} tiles of {cost.tile} px" if cost.tile else "no tiles"
         print(f"megapixels about {cost.megapixels:.1f} (from {cost.sampled} images; largest {width}x{height}, {tiles})")
         print(f"memory     about {cost.memory_bytes / 2**30:.1f} GiB an actor")
         print(f"time       about {cost.seconds:.0f} s in the network with one actor like this machine")

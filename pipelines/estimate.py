@@ -21,6 +21,7 @@ class Estimate:
     sampled: int
     megapixels: float
     largest: tuple[int, int]  # height, width in px
+    tile: int | None  # side of the largest one's tiles in px; None: whole
     tiles: int  # of the largest
     memory_bytes: int  # of one actor restoring the largest
     seconds: float
@@ -37,7 +38,7 @@ def estimate(plan: Plan, source: Store, restorer: Restorer, *, max_pixels: int) 
             continue  # it will have its row; it costs next to nothing
         sizes.append((picture.height, picture.width))
     if not sizes:
-        return Estimate(0, 0.0, (0, 0), 0, 0, 0.0)
+        return Estimate(0, 0.0, (0, 0), None, 0, 0, 0.0)
     megapixels = sum(h * w for h, w in sizes) / 1e6 * len(keys) / len(sizes)
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     tile, tiles = restorer.tile(height, width), restorer.tiles(height, width)
@@ -52,6 +53,7 @@ def estimate(plan: Plan, source: Store, restorer: Restorer, *, max_pixels: int) 
         sampled=len(sizes),
         megapixels=megapixels,
         largest=(height, width),
+        tile=tile,
         tiles=tiles,
         memory_bytes=restorer.process_bytes(height, width, tile),
         seconds=per_pixel * megapixels * 1e6 * repeated,

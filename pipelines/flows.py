@@ -215,7 +215,7 @@ def report_images(prepared: Prepared, plan: Plan, run: dict[str, Any], seconds: 
     rows = report.read_rows(output, recipe=plan.recipe)
     rows = rows.filter(pc.is_in(rows["key"], value_set=plan.keys))  # others may be there, of a wider job
     made = len(plan.pairs) + len(plan.decided)
-    summary = report.summarize(rows, wall_seconds=seconds if made else None, wall_images=made)
+    summary = report.summarize(rows, recipe=prepared.recipe, wall_seconds=seconds if made else None, wall_images=made)
     if made or not output.exists("run.json"):  # a run that found nothing to do leaves the record of the one that did
         output.write("run.json", json.dumps(run, indent=2).encode())
     else:

@@ -17,6 +17,7 @@ from pipelines.settings import RestoreJob
 from pipelines.storage import Entry, StorageError, Store, UnsafeKey, check_key, readable
 
 _PART_ROWS = 100_000
+_WRITTEN = {Status.RESTORED, Status.SUSPECT}  # ends that left an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +64,22 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
     find = same_key(reference.list()) if reference else None
     finished = _finished(output, recipe, protocol, restored_only=job.retry_failed)
     pairs, decided, skipped = list[Pair](), list[ReportRow](), 0
-    written: dict[str, str] = {}
-    for entry in entries:
-        name = written_as(entry.key, job.format)
-        owner = written.setdefault(name, entry.key)
-        partner = find(entry.key) if find else None
-        fingerprint = f"{entry.fingerprint}|{partner.fingerprint}" if partner else entry.fingerprint
-        if (readable(entry.key), fingerprint) in finished:
+    partners = [find(entry.key) if find else None for entry in entries]
+    fingerprints = [
+        f"{entry.fingerprint}|{partner.fingerprint}" if partner else entry.fingerprint
+        for entry, partner in zip(entries, partners, strict=True)
+    ]
+    names = [written_as(entry.key, job.format) for entry in entries]
+    ends = [finished.get((readable(entry.key), found)) for entry, found in zip(entries, fingerprints, strict=True)]
+    # A result that is there keeps its name: that of another source must not replace it.
+    owners = {name: entry.key for name, entry, end in zip(names, entries, ends, strict=True) if end in _WRITTEN}
+    for entry, partner, fingerprint, name, end in zip(entries, partners, fingerprints, names, ends, strict=True):
+        owner = owners.setdefault(name, entry.key)
+        if end is not None:
             skipped += 1
             continue
         if owner != entry.key:
-            reason = f"its result would be {name}, which is that of {readable(owner)}: rename one of them"
+            reason = f"its result would be {readable(name)}, which is that of {readable(owner)}: rename one of them"
             decided.append(_decide(entry, fingerprint, recipe, Status.REFUSED, reason, source.url()))
             continue
         try:
@@ -137,12 +143,12 @@ def matches(key: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(lower, glob.lower()) or fnmatchcase(name, glob.lower()) for glob in globs)
 
 
-def _finished(output: Store, recipe: str, protocol: str, *, restored_only: bool) -> set[tuple[str, str]]:
-    """The (key, fingerprint) pairs that need nothing more. The latest row of a key counts, of whatever recipe: a later
-    run under another one has replaced the image."""
+def _finished(output: Store, recipe: str, protocol: str, *, restored_only: bool) -> dict[tuple[str, str], str]:
+    """(key, fingerprint) of what needs nothing more, with its status. The latest row of a key counts, of whatever
+    recipe: a later run under another one has replaced the image."""
     rows = read_rows(output).select(["key", "fingerprint", "status", "protocol", "recipe"])
     return {
-        (key, fingerprint)
+        (key, fingerprint): status
         for key, fingerprint, status, scored_by, made_by in zip(*(c.to_pylist() for c in rows.columns), strict=True)
         if made_by == recipe and (status == Status.RESTORED or not restored_only) and scored_by in {None, protocol}
     }

@@ -5,6 +5,7 @@
 
 import html
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nafnet.conventions import Convention
+from nafnet.recipe import Recipe
 from pipelines.records import REPORT_SCHEMA, Status
 from pipelines.storage import Store
 
@@ -22,6 +24,8 @@ Floats = npt.NDArray[np.float64]
 Summary = dict[str, Any]  # JSON-ready: see `summarize`
 
 UNKNOWN = "\N{EN DASH}"
+_APPROXIMATE = "tiles are approximate: without TLC a tile's means are not the image's"
+MAX_NOTES = 5  # of the rows' different notes, the most frequent first
 _SCORES = ("psnr_input", "psnr", "ssim_3d_input", "ssim_3d", "ssim_2d_input", "ssim_2d")
 
 
@@ -91,17 +95,21 @@ def extremes(values: Floats) -> tuple[int, int, int] | None:
     return (int(order[0]), int(order[(len(order) - 1) // 2]), int(order[-1])) if len(order) else None
 
 
-def summarize(rows: pa.Table, *, wall_seconds: float | None = None, wall_images: int | None = None) -> Summary:
+def summarize(
+    rows: pa.Table, *, recipe: Recipe | None = None, wall_seconds: float | None = None, wall_images: int | None = None
+) -> Summary:
     """The run in numbers, ready for JSON: None stands for what is unknown, never NaN or infinity.
 
     Every mean is over restored rows with a finite value; `gain` needs both PSNRs finite, so it can differ
     from the difference of the two means. An infinite PSNR (the image equals its reference) is counted in
     `identical_input` or `identical_restored`. PSNR and gain in dB, times in seconds. `protocols` names the
     convention the scores are under, as the rows do, and `conventions` says it in words; more than one of them
-    means that the means mix what cannot be compared.
+    means that the means mix what cannot be compared. `tiled` counts the restored images that went through in tiles,
+    `noted` all rows with a note; `notes` are the `MAX_NOTES` most frequent ones.
 
     Args:
         rows: from `read_rows`.
+        recipe: that of the rows; without it nothing is said of what differs from it.
         wall_seconds: how long the run took.
         wall_images: how many of the rows were made in that time (fewer than all of them after a resume).
     """
@@ -126,6 +134,11 @@ def summarize(rows: pa.Table, *, wall_seconds: float | None = None, wall_images:
         "identical_input": int(np.isinf(values["psnr_input"]).sum()),
         "identical_restored": int(np.isinf(values["psnr"]).sum()),
         **_named_extremes(done, gain),
+        "tiled": len(done) - done["tile"].null_count,
+        "tiles_approximate": recipe is not None and not all(step.tlc for step in recipe.steps),
+        "other_precisions": {name: n for name, n in _counts(done, "precision") if recipe and name != recipe.precision},
+        "noted": len(rows) - rows["note"].null_count,
+        "notes": [{"note": note, "images": n} for note, n in _counts(rows, "note")[:MAX_NOTES]],
         "megapixels": float(np.nansum(pixels)),
         "network_seconds": network,
         "network_seconds_mean": _mean(seconds),
@@ -135,6 +148,11 @@ def summarize(rows: pa.Table, *, wall_seconds: float | None = None, wall_images:
         "wall_seconds": wall_seconds,
         "images_per_second": handled / wall_seconds if wall_seconds and handled else None,
     }
+
+
+def _counts(rows: pa.Table, name: str) -> list[tuple[str, int]]:
+    """The values of a column and how many rows have them, most frequent first, nulls left out."""
+    return Counter(rows[name].drop_null().to_pylist()).most_common()
 
 
 def _mean(values: Floats) -> float | None:
@@ -162,6 +180,11 @@ def count_line(summary: Summary) -> str:
     total = summary["images"]
     counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items() if count)
     return f"{total} {'image' if total == 1 else 'images'}" + (f": {counts}" if counts else "")
+
+
+def counted(count: int, noun: str) -> str:
+    """Such as "1 image" or "1,200 images"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def write_summary(output: Store, summary: Summary) -> str:
@@ -193,6 +216,8 @@ def score_table(summary: Summary) -> list[tuple[str, str, str, str]]:
 
 def fact_table(summary: Summary) -> list[tuple[str, str]]:
     """(what, value) for everything else worth reading; what is unknown is left out."""
+    approximate = f": {_APPROXIMATE}" if summary["tiles_approximate"] else ""
+    others = summary["noted"] - sum(note["images"] for note in summary["notes"])
     facts = [
         ("Images", f"{summary['images']:,}"),
         ("Restored", f"{summary['counts'][Status.RESTORED.value]:,}"),
@@ -202,6 +227,10 @@ def fact_table(summary: Summary) -> list[tuple[str, str]]:
         ("Same as reference, before", f"{summary['identical_input'] or ''}"),
         ("Same as reference, restored", f"{summary['identical_restored'] or ''}"),
         *((f"{name.title()} gain", _pick(summary[name])) for name in ("worst", "median", "best")),
+        ("Restored in tiles", f"{summary['tiled']:,}{approximate}" if summary["tiled"] else ""),
+        *((f"Restored in {name} instead", f"{count:,}") for name, count in summary["other_precisions"].items()),
+        *((f"Noted of {counted(note['images'], 'image')}", note["note"]) for note in summary["notes"]),
+        ("With other notes", f"{others:,}" if others else ""),
         ("Restored pixels", f"{summary['megapixels']:,.1f} MP"),
         ("Network time, all workers", seconds_text(summary["network_seconds"])),
         ("Network time, mean per image", seconds_text(summary["network_seconds_mean"])),

@@ -21,6 +21,7 @@ from pipelines.report import (
     Summary,
     column,
     count_line,
+    counted,
     decibels,
     fact_table,
     gains,
@@ -40,6 +41,7 @@ _MEANING = {
     Status.MISSING: "the image or its reference is not there",
     Status.MISMATCHED: "the reference has another size or number of channels",
     Status.REFUSED: "an image that this job does not touch",
+    Status.SUSPECT: "the result was implausible, the input was written in its place",
     Status.CRASHED: "the process failed while it held this image",
 }
 
@@ -128,10 +130,10 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from _flat(inner, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list) and any(isinstance(inner, Mapping | list) for inner in value):
+    elif isinstance(value, list | tuple) and any(isinstance(inner, Mapping | list | tuple) for inner in value):
         for index, inner in enumerate(value):
             yield from _flat(inner, f"{path}[{index}]")
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         yield path, ", ".join(map(str, value)) or "none"
     elif path:
         yield path, "none" if value is None or value == {} else str(value)
@@ -143,7 +145,7 @@ def _plots(done: pa.Table) -> list[tuple[str, str, str]]:
     gain, before, after = gains(done), column(done, "psnr_input"), column(done, "psnr")
     scored = np.flatnonzero(~np.isnan(gain))
     if len(scored):
-        plots.append(("PSNR gain", _counted("image", len(scored)), _histogram(gain[scored])))
+        plots.append(("PSNR gain", counted(len(scored), "image"), _histogram(gain[scored])))
         shown, note = _sample(scored)
         points = (before[shown], after[shown])
         plots.append(("PSNR before and after", note, _before_after(*points)))
@@ -155,15 +157,11 @@ def _plots(done: pa.Table) -> list[tuple[str, str, str]]:
     return plots
 
 
-def _counted(noun: str, count: int) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
 def _sample(positions: np.ndarray[Any, np.dtype[np.intp]]) -> tuple[Any, str]:
     """At most `MAX_POINTS` of `positions`, the same ones every time, and a note that says how many."""
     count = len(positions)
     if count <= MAX_POINTS:
-        return positions, _counted("image", count)
+        return positions, counted(count, "image")
     sample = np.random.default_rng(0).choice(positions, MAX_POINTS, replace=False)
     return sample, f"{MAX_POINTS:,} of {count:,} images, drawn at random"
 

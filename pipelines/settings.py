@@ -54,7 +54,7 @@ class RestoreJob(BaseModel):
         "float32"
     )
     tile: Annotated[
-        Annotated[int, Field(ge=32)] | Literal["auto", "whole"],
+        int | Literal["auto", "whole"],
         Field(description="Side of tiles in px, whole, or auto: whole where it fits into memory, else the largest"),
     ] = "auto"
     halo: Annotated[int, Field(ge=0, description="Margin around a tile that is restored and thrown away, px")] = 192
@@ -71,7 +71,9 @@ class RestoreJob(BaseModel):
     format: Annotated[
         Literal["same", "png", "jpeg", "tiff", "webp", "bmp"], Field(description="File format to write")
     ] = "same"
-    quality: Annotated[int | None, Field(description="1 to 100, of jpeg or webp; unset: 95, and lossless webp")] = None
+    quality: Annotated[int | None, Field(ge=1, le=100, description="Of jpeg or webp; unset: 95, and lossless webp")] = (
+        None
+    )
     subsampling: Annotated[
         Literal["4:4:4", "4:2:2", "4:2:0"] | None, Field(description="Of a jpeg's colours; unset: 4:4:4")
     ] = None
@@ -95,6 +97,14 @@ class RestoreJob(BaseModel):
         False
     )
     max_megapixels: Annotated[float, Field(gt=0, description="Images larger than this are refused")] = 250
+
+    @field_validator("tile", mode="before")
+    @classmethod
+    def _side_or_word(cls, value: object) -> object:
+        side = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if side in ("auto", "whole") or (isinstance(side, int) and side >= 32):
+            return side
+        raise ValueError(f"takes auto, whole, or a side of 32 px or more, got {value!r}")
 
     @field_validator("checkpoint", mode="before")
     @classmethod

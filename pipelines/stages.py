@@ -282,10 +282,11 @@ def _written_format(row: Row, work: Work) -> str:
 
 
 def _written_dtype(row: Row, work: Work) -> str:
-    """The source's depth, or 8 bits where a chosen format holds no other."""
-    dtype = str(row["dtype"])
-    chosen = work.recipe.output != "same"
-    return "uint8" if chosen and not holds_depth(work.recipe.output, np.dtype(dtype).itemsize * 8) else dtype
+    """The source's depth, or the next lower one that a chosen format holds."""
+    dtype, chosen = str(row["dtype"]), work.recipe.output
+    if chosen == "same":
+        return dtype
+    return next(name for name in (dtype, "uint16", "uint8") if holds_depth(chosen, np.dtype(name).itemsize * 8))
 
 
 def _read(prefix: str, key: str, max_pixels: int) -> Picture:

@@ -259,7 +259,7 @@ def campaign(mutations, seed, progress, *names):
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2 * MAX_GROWTH,) * 2)
     pictures = failures = 0
-    with Path(progress).open("r+b", buffering=0) as place:
+    with Path(progress).open("wb", buffering=0) as place:
         for name, case, data in cases:
             for number in range(mutations):
                 what, damaged = mutation(name, case, data, seed, number)

@@ -738,6 +738,35 @@ def test_nothing_is_refused(data):
         decode(data)
 
 
+@pytest.mark.parametrize("name", ["BMP", "TIFF"])
+def test_rows_that_would_take_minutes_are_refused(name):
+    data = pillow_bytes(Image.new("P", (65536, 1)), name)
+    with pytest.raises(RefusedImage, match="65536x1 px, over 65535 a side"):
+        decode(data)
+    assert decode(pillow_bytes(Image.new("P", (1, 65535)), name)).height == 65535
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ([(323, 65000)], UnreadableImage, "TIFF tag 323 is missing"),
+        ([(322, 65000)], UnreadableImage, "TIFF tag 322 is missing"),
+        ([(305, 32998)], RefusedImage, "a volume of 1 slices in tiles of 1000000"),
+        ([(305, 32997)], RefusedImage, "a volume of 1000000 slices in tiles of 1"),
+    ],
+)
+def test_tiles_that_libtiff_cannot_allocate(changes, error, message):
+    """The bytes of a tile are a product of more factors than its width and length."""
+    data = bytearray(tiff_bytes(pixels_of(3), tile=(16, 16), photometric="rgb", software="A tool"))
+    (directory,) = struct.unpack_from("<I", data, 4)
+    (entries,) = struct.unpack_from("<H", data, directory)
+    found = {struct.unpack_from("<H", data, at)[0]: at for at in range(directory + 2, directory + 2 + 12 * entries, 12)}
+    for before, after in changes:
+        struct.pack_into("<HHII", data, found[before], after, 4, 1, 1_000_000)
+    with pytest.raises(error, match=message):
+        decode(bytes(data))
+
+
 def test_of_a_tag_listed_twice_the_first_counts():
     """As for libtiff, which would make room for the width that it reads there."""
     data = with_tiff_tags(tiff_bytes(pixels_of(3)), (256,))
@@ -839,6 +868,8 @@ def test_sides_ranges_and_quality_are_checked():
         encode(Picture(np.zeros((1, 16384, 3), np.uint8), "WEBP"))
     with pytest.raises(ValueError, match="PNG cannot hold 1000001x1 px, only up to 1000000 a side"):
         encode(Picture(np.zeros((1, 1_000_001, 1), np.uint8), "PNG"))
+    with pytest.raises(ValueError, match="BMP cannot hold 1x65536 px, only up to 65535 a side"):
+        encode(Picture(np.zeros((65536, 1, 3), np.uint8), "BMP"))
     with pytest.raises(ValueError, match="its colour profile has 20000000 bytes, over 16707345"):
         encode(Picture(pixels_of(3), "JPEG", bytes(20_000_000)))
     with pytest.raises(ValueError, match=r"float pixels must be in \[0, 1\], got 0 to 1.5"):

@@ -51,7 +51,7 @@ def test_what_kills_its_process_is_found_and_the_rest_is_restored(
         source=job.source,
         reference=None,
         output=job.output,
-        weights=str(checkpoint_file),
+        weights=(str(checkpoint_file),),
         recipe=recipe,
         protocol="stored",
         device="cpu",
@@ -118,7 +118,7 @@ def test_a_job_that_can_process_nothing_raises_what_it_met(tmp_path: Path, check
     (tmp_path / "out").write_bytes(b"a file where the output folder should be")
     job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
     recipe = Restorer.load(checkpoint_file).recipe
-    work = Work(job.source, None, job.output, str(checkpoint_file), recipe, "stored", "cpu", 10**6)
+    work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
     pairs = plan(job.model_copy(update={"output": str(tmp_path / "elsewhere")}), recipe.hash, "stored").pairs
     with pytest.raises(RuntimeError, match=r"no image could be processed; the first one met .*scoring or writing it"):
         engine.run(pairs, work, Placement(), lambda _: None)

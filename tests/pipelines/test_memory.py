@@ -19,7 +19,7 @@ from nafnet.restore import Restorer
 weights, folder = sys.argv[1:]
 job = RestoreJob(source=folder + "/in", output=folder + "/out", reference=folder + "/ref")
 recipe = Restorer.load(weights).recipe
-work = Work(source=job.source, reference=job.reference, output=job.output, weights=weights, recipe=recipe,
+work = Work(source=job.source, reference=job.reference, output=job.output, weights=(weights,), recipe=recipe,
             protocol="gopro", device="cpu", max_pixels=10**7, threads=2)
 rows = finish(RestoreActor(work)(fetch(plan(job, recipe.hash, "gopro").pairs, work)), work)
 assert rows["status"].to_pylist() == ["restored"]

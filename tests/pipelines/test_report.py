@@ -189,13 +189,14 @@ def test_summary_counts_every_status_and_keeps_infinities_out_of_the_means() -> 
         row("unscored", width=1000, height=1000, seconds=None),
     )
     summary = summarize(rows, wall_seconds=8.0, wall_images=4)
-    assert summary["images"] == 12
+    assert summary["images"] == 13
     assert summary["counts"] == {
         "restored": 6,
         "unreadable": 1,
         "missing": 1,
         "mismatched": 1,
         "refused": 1,
+        "suspect": 1,
         "crashed": 2,
     }
     assert (summary["scored"], summary["gain_images"]) == (5, 3)
@@ -216,7 +217,7 @@ def test_summary_counts_every_status_and_keeps_infinities_out_of_the_means() -> 
     assert summary["network_seconds_p95"] == pytest.approx(3.6)
     assert summary["megapixels_per_network_second"] == pytest.approx(2.5 / 12)
     assert summary["images_per_second"] == pytest.approx(0.5)
-    assert count_line(summary) == ("12 images: 6 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 2 crashed")
+    assert count_line(summary) == ("13 images: 6 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 1 suspect, 2 crashed")
 
 
 def test_summary_json_is_what_was_summarized(output: Store) -> None:
@@ -272,7 +273,7 @@ def test_page_shows_headline_crops_plots_and_run(output: Store, photos: list[dic
     source, page = render(output, table(*photos, *bad[1:]))
     assert not page.open
     assert "20.00 → 22.00 dB mean PSNR +2.00 dB" in page.text
-    assert "8 images: 3 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 1 crashed." in page.text
+    assert "9 images: 3 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 1 suspect, 1 crashed." in page.text
     for label, key, gain in (("worst", "a.png", 1), ("median", "b.png", 2), ("best", "sub/c.png", 3)):
         assert f"{label} {key} +{gain}.00 dB" in page.text
     assert "restored 23.00 dB · SSIM 2D 0.7500" in page.text

@@ -8,7 +8,7 @@ from pipelines.settings import RestoreJob
 
 def test_defaults_are_a_whole_job() -> None:
     job = RestoreJob(source="/data/in", output="/data/out")
-    assert job.checkpoint == "demo"
+    assert job.checkpoint == ("demo",)
     assert job.precision == "float32"
     assert job.include == ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.webp", "*.bmp")
 

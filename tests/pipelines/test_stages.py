@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 from nafnet.conventions import Convention
 from nafnet.images import Picture, decode, encode
 from nafnet.metrics import psnr, score, ssim_3d
+from nafnet.recipe import Step
 from nafnet.restore import Restorer, to_float
 from pipelines.manifest import plan
 from pipelines.records import REPORT_SCHEMA
@@ -37,14 +39,21 @@ def places(tmp_path: Path, rng: np.random.Generator) -> Path:
     return tmp_path
 
 
-def work_and_pairs(places: Path, checkpoint: Path, *, protocol: str = "stored") -> tuple[Work, pa.Table]:
-    job = RestoreJob(source=str(places / "in"), output=str(places / "out"), reference=str(places / "ref"))
-    recipe = Restorer.load(checkpoint).recipe
+def work_and_pairs(
+    places: Path, checkpoint: Path, *, protocol: str = "stored", **settings: Any
+) -> tuple[Work, pa.Table]:
+    """The work on `places`, without references where there is no "ref"; `settings` are `Restorer.load`'s."""
+    reference = str(places / "ref") if (places / "ref").exists() else None
+    recipe = Restorer.load(checkpoint, **settings).recipe
+    written = {"format": recipe.output.lower()}
+    job = RestoreJob.model_validate(
+        {"source": str(places / "in"), "output": str(places / "out"), "reference": reference, **written}
+    )
     work = Work(
         source=job.source,
         reference=job.reference,
         output=job.output,
-        weights=str(checkpoint),
+        weights=(str(checkpoint),),
         recipe=recipe,
         protocol=protocol,
         device="cpu",
@@ -148,4 +157,4 @@ def test_an_unexpected_error_is_raised_unless_the_work_is_contained(places: Path
 def test_an_actor_refuses_weights_that_are_not_the_plans(places: Path, checkpoint_file: Path) -> None:
     work, _ = work_and_pairs(places, checkpoint_file)
     with pytest.raises(ValueError, match="another file here"):
-        RestoreActor(replace(work, recipe=replace(work.recipe, weights="0" * 64)))
+        RestoreActor(replace(work, recipe=replace(work.recipe, steps=(Step("0" * 64),))))
