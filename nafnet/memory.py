@@ -6,6 +6,7 @@ where they fit, else the largest side of `LADDER` that does.
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -110,6 +111,7 @@ def _padded(side: int, config: NetConfig) -> int:
     return side + -side % config.stride
 
 
+@lru_cache
 def _parameters(config: NetConfig) -> int:
     with torch.device("meta"):
         return parameters(Network(config))

@@ -337,7 +337,7 @@ def test_any_picture_round_trips(name):
         assert again.pixels.shape == picture.pixels.shape
         # At quality 100 what is left of JPEG's losses is the rounding of YCbCr and of the cosine transform.
         difference = np.abs(again.pixels.astype(float) - picture.pixels.astype(float)).max()
-        assert difference <= (3 if name == "JPEG" else 0)
+        assert difference <= (6 if name == "JPEG" else 0)
         if name == "BMP":
             return
         assert (again.icc, read_note(data)) == (picture.icc, note)

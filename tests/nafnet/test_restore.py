@@ -1,9 +1,8 @@
 """The contract of one image in, one image out, for every kind of image and recipe."""
 
 import hashlib
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,14 +11,18 @@ import torch
 from nafnet import catalog, checkpoint, metrics, restore
 from nafnet.checkpoint import CheckpointError
 from nafnet.degrade import gaussian_noise, scene
+from nafnet.memory import LADDER
 from nafnet.model import NetConfig, Network
-from nafnet.restore import Recipe, Restorer, memory_bytes, to_float
+from nafnet.recipe import Recipe, Step
+from nafnet.restore import Restorer, to_float
+from nafnet.strips import StripNetwork
 from tests.nafnet import reference
 
 SMALL = NetConfig(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
 SHAPES = [(19, 26), (19, 26, 1), (19, 26, 2), (19, 26, 3), (19, 26, 4)]
 KINDS = ["uint8", "uint16", "float32"]
-RECIPE = Recipe(weights="a" * 64, train_size=32)
+GLOBAL = Recipe((Step("w", tlc=False),), tile="whole")
+RECIPE = Recipe((Step("a" * 64, train_size=32),), tile="whole", guard=False)
 
 
 def network_of(config=SMALL):
@@ -32,7 +35,7 @@ def network_of(config=SMALL):
 
 
 def restorer_of(recipe=RECIPE, config=SMALL):
-    return Restorer(network_of(config), recipe)
+    return Restorer([network_of(config)], recipe)
 
 
 def image_of(shape, kind, seed=0):
@@ -97,8 +100,8 @@ def to_range(kind):
 def test_grey_is_the_mean_of_three_equal_channels():
     restorer = restorer_of()
     grey = image_of((12, 15), "float32")
-    rgb = restorer._restore(np.repeat(grey[..., None], 3, axis=-1))
-    np.testing.assert_allclose(restorer(grey), rgb.mean(-1).clip(0, 1), atol=1e-6)
+    values = expected(grey[..., None]).mean(-1)
+    np.testing.assert_allclose(restorer(grey), values.clip(0, 1), atol=1e-5)
     np.testing.assert_array_equal(restorer(grey[..., None])[..., 0], restorer(grey))
 
 
@@ -116,7 +119,7 @@ def test_a_network_that_adds_nothing_returns_every_value(kind):
     every = np.arange(65536 if kind == "uint16" else 256).reshape(-1, 256)
     image = every.astype(kind) if kind != "float32" else (every / 255).astype(np.float32)
     for precision in ("float32", "bf16"):
-        restorer = Restorer(network, replace(RECIPE, precision=precision))
+        restorer = Restorer([network], replace(RECIPE, precision=precision))
         if kind == "float32":
             np.testing.assert_allclose(restorer(image), image, atol=1e-7)
         else:
@@ -129,7 +132,7 @@ def test_results_are_clipped_and_rounded():
     image = np.array([[0, 10, 11, 250, 255]], np.uint8)
     for bias, result in [(0.4, [0, 10, 11, 250, 255]), (19.6, [20, 30, 31, 255, 255]), (-10.4, [0, 0, 1, 240, 245])]:
         torch.nn.init.constant_(network.ending.bias, bias / 255)
-        assert Restorer(network, RECIPE)(image).tolist() == [result]
+        assert Restorer([network], RECIPE)(image).tolist() == [result]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,71 +189,206 @@ def test_what_is_no_image_is_refused(case):
         restorer_of()(image)
 
 
-@pytest.mark.parametrize("value", [1e6, math.nan])
-def test_an_overflow_is_an_error_and_not_a_white_image(value):
+def test_without_the_guard_what_is_not_finite_is_an_error_and_not_a_white_image():
     network = network_of()
-    torch.nn.init.constant_(network.ending.bias, value)
+    torch.nn.init.constant_(network.ending.bias, math.nan)
     with pytest.raises(ValueError, match="are NaN or infinite; check the model's precision"):
-        Restorer(network, replace(RECIPE, precision="float16"))(image_of((8, 8, 3), "uint8"))
+        Restorer([network], RECIPE)(image_of((8, 8, 3), "uint8"))
 
 
-# Recipes
+# The guard
 
 
-def test_equal_recipes_hash_alike_and_every_field_counts():
-    recipe = Recipe(weights="a" * 64, tile=512, halo=192)
-    assert Recipe(weights="a" * 64, tile=512, halo=192).hash == recipe.hash
-    assert len(recipe.hash) == 16
-    int(recipe.hash, 16)
-    others = [
-        replace(recipe, weights="b" * 64),
-        replace(recipe, tlc=False),
-        replace(recipe, train_size=128),
-        replace(recipe, precision="bf16"),
-        replace(recipe, precision="float16"),
-        replace(recipe, tile=640),
-        replace(recipe, tile=None),
-        replace(recipe, halo=128),
-        replace(recipe, tf32=True),
-    ]
-    assert set(asdict(recipe)) == {"weights", "tlc", "train_size", "precision", "tile", "halo", "tf32"}
-    assert len({recipe.hash, *(other.hash for other in others)}) == 10
-
-
-def test_a_hash_can_be_made_again_elsewhere():
-    content = {
-        "halo": 0,
-        "precision": "float32",
-        "revision": restore._PIXELS_REVISION,
-        "tf32": False,
-        "tile": None,
-        "tlc": True,
-        "train_size": 256,
-        "weights": "w",
-    }
-    assert Recipe(weights="w").hash == hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def test_what_has_no_effect_is_dropped():
-    assert Recipe("w", tlc=False, train_size=96) == Recipe("w", tlc=False, train_size=None)
-    assert Recipe("w", tlc=False, train_size=96).hash == Recipe("w", tlc=False).hash
-    assert Recipe("w", tile=None, halo=64) == Recipe("w", tile=None, halo=192)
-    assert Recipe("w", tile=None, halo=64).hash == Recipe("w").hash
-    assert Recipe("w", tile=512, halo=64).hash != Recipe("w", tile=512).hash
+GUARDED = replace(RECIPE, guard=True)
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"precision": "fp8"}, "precision must be one of float32, bf16, float16, got 'fp8'"),
-        ({"train_size": None}, "train_size is None"),
-        ({"train_size": 0}, "train_size is 0"),
-        ({"tile": 512, "halo": -1}, "halo is a number of px, got -1"),
-    ],
+    ("bias", "words"), [(math.nan, "192 of 192 restored values are not finite"), (0.6, "of full range from its input")]
 )
-def test_impossible_recipes_say_why(fields, words):
-    with pytest.raises(ValueError, match=words):
-        Recipe(weights="w", **fields)
+def test_an_implausible_result_is_given_up_for_the_input(bias, words):
+    network = network_of()
+    torch.nn.init.constant_(network.ending.bias, bias)
+    image = np.full((8, 8, 3), 77, np.uint8)
+    restored = Restorer([network], GUARDED).restore(image)
+    assert words in restored.suspect
+    np.testing.assert_array_equal(restored.pixels, image)
+
+
+def test_a_plausible_result_is_not():
+    image = image_of((20, 20, 4), "uint16")
+    restored = Restorer([network_of()], GUARDED).restore(image)
+    assert restored.suspect is None
+    np.testing.assert_array_equal(restored.pixels, restorer_of()(image))
+
+
+# What else a recipe asks for
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strength_blends_with_the_input(kind):
+    image = image_of((18, 22, 3), kind)
+    top = to_range(kind)
+    full = expected(image)
+    blended = image / top + 0.25 * (full - image / top)
+    restored = restorer_of(replace(RECIPE, strength=0.25))(image)
+    np.testing.assert_allclose(restored / top, blended.clip(0, 1), atol=1e-5 + (0 if kind == "float32" else 0.51 / top))
+
+
+@pytest.mark.parametrize("tile", ["whole", 90])
+def test_self_ensemble_is_the_mean_of_eight_views(tile):
+    image = (mild_scene(7, 120)[:110, :97] + 1) / 3  # no view of it is clipped
+    recipe = replace(RECIPE, tile=tile, halo=8)
+    plain, total = restorer_of(recipe), np.zeros_like(image, dtype=np.float64)
+    for mirrored in (False, True):
+        for turns in range(4):
+            view = np.rot90(image[:, ::-1] if mirrored else image, turns)
+            back = np.rot90(plain(np.ascontiguousarray(view)), -turns)
+            total += back[:, ::-1] if mirrored else back
+    ensemble = restorer_of(replace(recipe, self_ensemble=True))(image)
+    np.testing.assert_allclose(ensemble, total / 8, atol=1e-5)
+    assert np.abs(ensemble - plain(image)).max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(21, 26, 3), (21, 26), (21, 26, 2), (21, 26, 4)], ids=str)
+def test_a_chain_runs_one_network_after_the_other(shape):
+    other = network_of(replace(SMALL, width=6))
+    recipe = replace(RECIPE, steps=(RECIPE.steps[0], Step("b" * 64, tlc=False)))
+    image = image_of(shape, "float32")
+    once = restorer_of()(image)
+    twice = Restorer([network_of(replace(SMALL, width=6))], replace(RECIPE, steps=(Step("b" * 64, tlc=False),)))(once)
+    chained = Restorer([network_of(), other], recipe)(image)
+    np.testing.assert_allclose(chained, twice, atol=1e-5)
+    assert np.abs(chained - once).max() > 1e-2
+    with pytest.raises(ValueError, match="2 networks needed, got 1"):
+        Restorer([network_of()], recipe)
+
+
+def test_deterministic_recipes_give_the_same_bits_on_any_number_of_threads():
+    image = image_of((150, 131, 3), "float32")
+    recipe = replace(RECIPE, deterministic=True)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            results.append(restorer_of(recipe)(image))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+def test_describe_says_network_and_windows():
+    restorer = Restorer([network_of(NetConfig(width=8))], replace(RECIPE, steps=(Step("c" * 64),)))
+    lines = restorer.describe().splitlines()
+    assert lines[0].startswith("NAFNet, width 8, ")
+    assert [line.rpartition("window ")[2] for line in lines[2:]] == [
+        f"{side} x {side} px" for side in (384, 192, 96, 48, 24)
+    ]
+
+
+# Precision
+
+
+@pytest.fixture
+def low_precision(monkeypatch):
+    """As on a CPU that computes in bf16 and float16; torch converts number by number where it does not."""
+    monkeypatch.setattr(restore, "has_arithmetic", lambda _: True)
+
+
+def test_a_cpu_without_the_arithmetic_falls_back(monkeypatch):
+    monkeypatch.setattr(restore, "has_arithmetic", lambda precision: precision == "float32")
+    image = image_of((20, 20, 3), "uint8")
+    restored = restorer_of(replace(RECIPE, precision="bf16")).restore(image)
+    assert restored.precision == "float32"
+    assert "this CPU has no bf16 arithmetic" in restored.note
+    np.testing.assert_array_equal(restored.pixels, restorer_of()(image))
+
+
+def test_precision_that_disagrees_falls_back(low_precision, monkeypatch):
+    image = mild_scene(5, 64)
+    monkeypatch.setattr(restore, "AGREEMENT_DB", 300.0)
+    restored = restorer_of(replace(RECIPE, precision="bf16")).restore(image)
+    assert restored.precision == "float32"
+    assert "bf16 agrees with float32 by" in restored.note
+    np.testing.assert_array_equal(restored.pixels, restorer_of()(image))
+
+
+def overflowing():
+    """A network whose float16 maps overflow where the image is bright, and whose float32 ones do not."""
+    network = network_of()
+    with torch.no_grad():
+        network.intro.weight *= 0
+        network.intro.weight[:, :, 1, 1] = 3e4
+        network.ending.weight *= 1e-9
+    return network
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_later_overflow_falls_back_too(low_precision, deterministic):
+    dark, bright = np.zeros((24, 24, 3), np.float32), np.full((24, 24, 3), 0.9, np.float32)
+    restorer = Restorer([overflowing()], replace(RECIPE, precision="float16", deterministic=deterministic))
+    exact = Restorer([overflowing()], RECIPE)
+    seen = [restorer.restore(image) for image in (dark, bright, dark)]
+    assert [restored.precision for restored in seen] == [
+        "float16",
+        "float32",
+        "float16" if deterministic else "float32",  # there no image hangs on those before it
+    ]
+    np.testing.assert_array_equal(seen[1].pixels, exact(bright))
+
+
+# Memory
+
+
+def test_auto_takes_the_largest_tile_that_fits():
+    networks, recipe = [network_of(NetConfig(width=8))], replace(RECIPE, tile="auto", halo=32)
+    whole = Restorer([network_of(NetConfig(width=8))], recipe, memory=10**12)
+    assert whole.tile(5000, 7000) is None
+    needs = {tile: whole.process_bytes(5000, 7000, tile) for tile in (None, *LADDER)}
+    assert list(needs.values()) == sorted(needs.values(), reverse=True)
+    for tile, memory in needs.items():
+        assert Restorer([network_of(NetConfig(width=8))], recipe, memory=memory).tile(5000, 7000) == tile
+    least = Restorer(networks, recipe, memory=1)
+    assert least.tile(5000, 7000) == LADDER[-1]
+    assert least.tile(300, 500) is None  # no rung is smaller
+
+
+def test_out_of_memory_goes_down_the_ladder_and_says_so(monkeypatch):
+    image = image_of((700, 520, 3), "uint8")
+    recipe = replace(RECIPE, tile="auto", halo=32)
+    real = StripNetwork.__call__
+
+    def short(self, piece):
+        if piece.shape[0] > 640:
+            torch.empty(2**50, dtype=torch.uint8)  # what torch says when it cannot have it
+        return real(self, piece)
+
+    monkeypatch.setattr(StripNetwork, "__call__", short)
+    restored = Restorer([network_of()], recipe, memory=10**12).restore(image)
+    assert restored.tile == 640
+    assert restored.note == "out of memory as a whole"
+    monkeypatch.undo()
+    np.testing.assert_array_equal(restored.pixels, restorer_of(replace(recipe, tile=640))(image))
+
+
+def test_where_nothing_fits_it_is_a_memory_error(monkeypatch):
+    def short(self, piece):
+        raise MemoryError
+
+    monkeypatch.setattr(StripNetwork, "__call__", short)
+    with pytest.raises(MemoryError, match="with tiles of 512 px: give the actor more memory"):
+        Restorer([network_of()], replace(RECIPE, tile="auto", halo=32))(image_of((700, 520), "uint8"))
+
+
+def test_other_errors_are_not_taken_for_it(monkeypatch):
+    def broken(self, piece):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(StripNetwork, "__call__", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        restorer_of(replace(RECIPE, tile="auto"))(image_of((700, 520), "uint8"))
 
 
 # Tiles
@@ -261,7 +399,7 @@ def test_a_tile_within_the_window_is_refused():
     assert restorer_of(replace(RECIPE, tile=52, halo=0)).tiles(52, 53) == 2
     with pytest.raises(ValueError, match="tile 51 px must exceed the TLC window of 48 px by 4 px"):
         restorer_of(replace(RECIPE, tile=51, halo=0))
-    assert restorer_of(Recipe("w", tlc=False, tile=48, halo=0)).tiles(50, 50) == 4
+    assert restorer_of(replace(GLOBAL, tile=48, halo=0)).tiles(50, 50) == 4
     with pytest.raises(ValueError, match="a tile of 200 px with a halo of 192 px keeps nothing"):
         restorer_of(replace(RECIPE, tile=200, halo=192))
 
@@ -284,7 +422,7 @@ def test_tiles_with_tlc_agree_with_the_whole_image():
     assert agreement(wide(image), whole) > 120
     narrow = restorer_of(replace(RECIPE, tile=128, halo=24))(image)
     assert 60 < agreement(narrow, whole) < 100
-    without = Recipe("w", tlc=False)
+    without = GLOBAL
     assert agreement(restorer_of(replace(without, tile=256, halo=96))(image), restorer_of(without)(image)) < 80
 
 
@@ -296,10 +434,12 @@ def test_tiles_of_integers_round_once():
 
 
 @pytest.mark.parametrize(("precision", "decibels"), [("bf16", 40), ("float16", 60)])
-def test_low_precision_stays_close(precision, decibels):
+def test_low_precision_stays_close(precision, decibels, low_precision, monkeypatch):
+    monkeypatch.setattr(restore, "AGREEMENT_DB", float(decibels))
     image = mild_scene(5, 128)
-    close = restorer_of(replace(RECIPE, precision=precision))(image)
-    assert decibels < agreement(close, restorer_of()(image)) < 100
+    close = restorer_of(replace(RECIPE, precision=precision)).restore(image)
+    assert close.precision == precision
+    assert decibels < agreement(close.pixels, restorer_of()(image)) < 100
 
 
 # Loading
@@ -315,7 +455,7 @@ def weights(tmp_path):
 def test_load_reads_the_crop_off_the_file(weights):
     restorer = Restorer.load(weights)
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert restorer.recipe == Recipe(weights=sha256, tlc=True, train_size=32)
+    assert restorer.recipe == Recipe((Step(sha256, tlc=True, train_size=32),))
     image = image_of((70, 60, 3), "uint8")
     np.testing.assert_array_equal(restorer(image), restorer_of()(image))
     np.testing.assert_array_equal(Restorer.load(str(weights))(image), restorer(image))
@@ -324,8 +464,8 @@ def test_load_reads_the_crop_off_the_file(weights):
 def test_load_takes_the_fields_of_a_recipe(weights):
     sha256 = checkpoint.load(weights).sha256
     loaded = Restorer.load(weights, tlc=True, train_size=64, precision="bf16", tile=256, halo=64, tf32=True)
-    assert loaded.recipe == Recipe(sha256, True, 64, "bf16", 256, 64, True)
-    assert Restorer.load(weights, tlc=False).recipe == Recipe(sha256, tlc=False)
+    assert loaded.recipe == Recipe((Step(sha256, True, 64),), "bf16", 256, 64, tf32=True)
+    assert Restorer.load(weights, tlc=False).recipe == Recipe((Step(sha256, tlc=False),))
     image = image_of((70, 60, 3), "float32")
     without = expected(image, train_size=None).clip(0, 1)
     np.testing.assert_allclose(Restorer.load(weights, tlc=False)(image), without, atol=1e-5)
@@ -335,11 +475,11 @@ def test_load_of_a_published_file(tmp_path, monkeypatch):
     path = tmp_path / "renamed.pth"
     torch.save({"params": network_of().state_dict()}, path)
     sha256 = checkpoint.load(path).sha256
-    assert Restorer.load(path).recipe == Recipe(sha256, tlc=True, train_size=256)  # unknown: as published for GoPro
+    assert Restorer.load(path).recipe == Recipe((Step(sha256),))  # unknown: as published for GoPro
     row = catalog.CatalogEntry("known", "known.pth", SMALL, tlc=False, protocol="sidd", sha256=sha256, train_size=128)
     monkeypatch.setattr(catalog, "_ROWS", (row,))
-    assert Restorer.load(path).recipe == Recipe(sha256, tlc=False)  # known by its content, whatever its name
-    assert Restorer.load(path, tlc=True).recipe == Recipe(sha256, tlc=True, train_size=128)
+    assert Restorer.load(path).recipe == Recipe((Step(sha256, tlc=False),))  # known by its content, whatever its name
+    assert Restorer.load(path, tlc=True).recipe == Recipe((Step(sha256, train_size=128),))
 
 
 def test_load_says_what_is_wrong(tmp_path):
@@ -352,19 +492,10 @@ def test_load_says_what_is_wrong(tmp_path):
 
 def test_the_bundled_network_removes_noise():
     restorer = Restorer.load("demo")
-    assert restorer.recipe.tlc == catalog.CATALOG["demo"].tlc
-    assert Restorer.load("demo", tlc=True).recipe.train_size == catalog.CATALOG["demo"].train_size
+    assert restorer.recipe.steps[0].tlc == catalog.CATALOG["demo"].tlc
+    assert Restorer.load("demo", tlc=True).recipe.steps[0].train_size == catalog.CATALOG["demo"].train_size
     clean = scene(10**8, 160)
     noisy = metrics.quantize(gaussian_noise(to_float(clean), 25 / 255, np.random.default_rng(0)), np.uint8)
     before = metrics.psnr(noisy, clean, data_range=255)
     assert before == pytest.approx(20.5, abs=0.7)
     assert metrics.psnr(restorer(noisy), clean, data_range=255) > before + 5
-
-
-def test_memory_grows_with_pixels_and_precision():
-    wide = NetConfig(width=32)
-    photo = memory_bytes(wide, 1280 * 720)
-    assert 1e9 < photo < 2e9
-    per_pixel = (memory_bytes(wide, 2 * 1280 * 720) - photo) / (1280 * 720)
-    assert per_pixel == 7 * 32 * 4
-    assert memory_bytes(wide, 1280 * 720, precision="bf16") < photo

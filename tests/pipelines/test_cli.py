@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nafnet.images import Picture, encode
+from nafnet.images import Picture, encode, read_note
+from nafnet.restore import Restorer
 
 NAFNET = Path(sys.executable).with_name("nafnet")
 
@@ -63,12 +64,48 @@ def test_restore_prints_what_came_of_it_and_nothing_else(
     assert lines[3].startswith("scores     stored+basicsr+y+crop4: BasicSR's PSNR and SSIM-2D of the Y channel")
 
 
+def test_restore_writes_the_format_that_was_asked_for(
+    tmp_path: Path, prefect_home: dict[str, str], checkpoint_file: Path, rng: np.random.Generator
+) -> None:
+    pictures = {name: rng.integers(0, 256, (40, 60, 3), dtype=np.uint8) for name in ("a", "b")}
+    for name, pixels in pictures.items():
+        write(tmp_path / "in", f"{name}.png", pixels)
+    options = ["--format", "jpeg", "--quality", "90", "--subsampling", "4:2:0"]
+    options += ["--checkpoint", checkpoint_file, "--checkpoint", "demo", "--tile", "whole", "--deterministic"]
+    done = nafnet("restore", tmp_path / "in", tmp_path / "out", *options, env=prefect_home)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "2 images: 2 restored"
+    restorer = Restorer.load(checkpoint_file, "demo", tile="whole", deterministic=True)
+    for name, pixels in pictures.items():
+        written = (tmp_path / "out" / "images" / f"{name}.jpg").read_bytes()
+        restored = Picture(restorer(pixels), "JPEG")
+        assert written == encode(restored, quality=90, subsampling="4:2:0", note=read_note(written))
+
+
+def test_help_says_what_each_option_does() -> None:
+    done = nafnet("restore", "--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"})
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stdout).split())
+    for option, words in {
+        "--checkpoint": "may repeat: one network then restores what the one before it made",
+        "--tile": "whole images where they fit into memory, else the largest tile that does",
+        "--strength": "Share of the restored image in the result, the rest is the input",
+        "--self-ensemble": "The mean over eight flips and rotations, in eight times as long",
+        "--guard": "Write the input for an implausible result, and mark it suspect",
+        "--deterministic": "The same bits on every run and with any number of actors",
+        "--format": "File format to write",
+        "--quality": "with --format jpeg (default 95) or webp (default lossless)",
+        "--subsampling": "Of a jpeg's colours",
+    }.items():
+        assert re.search(rf"{option} .*{re.escape(words)}", said), option
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, checkpoint_file: Path) -> None:
     for i in range(20):
         write(tmp_path / "in", f"{i}.png", np.zeros((100, 200, 3), np.uint8))
     words = ["restore", tmp_path / "in", tmp_path / "out", "--dry-run", "--metrics", "mmagic", "--checkpoint"]
     env = {**os.environ, "NAFNET_CACHE": str(tmp_path / "cache")}
-    assert nafnet(*words, f"file://{checkpoint_file}", env=env).returncode == 0
+    tiled = nafnet(*words, f"file://{checkpoint_file}", "--no-tlc", "--tile", "176", "--halo", "64", env=env)
+    assert "largest 200x100, 2 tiles of 176 px)" in tiled.stdout, tiled.stderr
     done = nafnet(*words, checkpoint_file)
     assert done.returncode == 0, done.stderr
     assert "20 match: 20 to restore, 0 finished, 0 that cannot be" in done.stdout
@@ -82,10 +119,19 @@ def test_dry_run_writes_nothing(tmp_path: Path, checkpoint_file: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["restore", "/nowhere", "/elsewhere", "--checkpoint", "nosuch"], "no checkpoint at"),
+        (["restore", "/nowhere", "/b", "--checkpoint", "demo", "--checkpoint", "nosuch"], "no checkpoint at .*nosuch"),
         (
-            ["restore", "/nowhere", "/elsewhere", "--tile", "300"],
-            "a tile of 300 px with a halo of 192 px keeps nothing",
+            ["restore", "/nowhere", "/elsewhere", "--tile", "40"],
+            "a tile of 40 px with a halo of 192 px keeps nothing: take 432 px or more",
+        ),
+        (
+            ["restore", "/a", "/b", "--tile", "big", "--strength", "0"],
+            "--tile: takes auto, whole, or a side of 32 px or more, got 'big'\n.*--strength: .*greater than 0",
+        ),
+        (["restore", "/a", "/b", "--guard", "maybe"], "'--guard': 'maybe' is not one of 'on', 'off'"),
+        (
+            ["restore", "/a", "/b", "--deterministic", "--quality", "90"],
+            "deterministic needs a tile .*; quality and subsampling need a format",
         ),
         (["restore", "/a", "/a/b"], "output /a/b lies inside source /a"),
         (["restore", "/a", "/b", "--actors", "0", "--halo", "-1"], "--halo: .*\n.*--actors: "),

@@ -1,15 +1,18 @@
 """A real local Ray: what happens when processes die, and that no row is lost."""
 
+import hashlib
 import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from ray import cloudpickle
+from ray.cluster_utils import Cluster as RayCluster
 
 from nafnet.images import Picture, encode
 from nafnet.restore import Restorer
@@ -71,6 +74,43 @@ def test_what_kills_its_process_is_found_and_the_rest_is_restored(
     assert ends == {**dict.fromkeys(names, "restored"), **dead}
     reasons = [row["reason"] for row in rows.to_pylist() if row["key"] in dead]
     assert all("the process died each time it held this image" in reason for reason in reasons)
+
+
+@pytest.fixture
+def four_cpus() -> Iterator[str]:
+    """The address of a Ray that hands out four CPUs, whatever this machine has."""
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 4})
+    yield cluster.address
+    cluster.shutdown()
+
+
+def test_a_deterministic_recipe_gives_the_same_bits_from_any_number_of_actors(
+    tmp_path: Path, checkpoint_file: Path, four_cpus: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_BLOCK_ROWS", 1)  # something for each actor
+    (tmp_path / "in").mkdir()
+    for i in range(8):
+        pixels = rng.random((120, 460, 3), dtype=np.float32)  # floats, so that rounding hides nothing
+        (tmp_path / "in" / f"{i}.tif").write_bytes(encode(Picture(pixels, "TIFF")))
+    recipe = Restorer.load(checkpoint_file, tile=432, deterministic=True).recipe
+    made, workers, threads = [], [], []
+    for run, actors in enumerate((1, 1, 4)):
+        job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / f"out{run}"))
+        work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
+        got: list[pa.Table] = []
+        done_by = engine.run(plan(job, recipe.hash, "stored").pairs, work, Placement(four_cpus, actors), got.append)
+        rows = pa.concat_tables(got)
+        assert Counter(rows["status"].to_pylist()) == {"restored": 8}
+        assert set(rows["tile"].to_pylist()) == {432}
+        workers.append(len(set(rows["worker"].to_pylist())))
+        threads.append(done_by["threads"])
+        files = sorted((tmp_path / f"out{run}" / "images").iterdir())
+        made.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
+    assert threads == [4, 4, 1]
+    assert workers[:2] == [1, 1]
+    assert workers[2] > 1
+    assert len(made[0]) == 8
+    assert made[0] == made[1] == made[2]
 
 
 def test_blocks_are_balanced_by_bytes_and_bounded_in_rows() -> None:

@@ -24,9 +24,10 @@ def test_megapixels_tiles_and_memory_follow_the_sampled_sizes(tmp_path: Path, ch
     whole = estimate(todo, Store(job.source), Restorer.load(checkpoint_file), max_pixels=10**6)
     assert whole.sampled == 13  # of 14, one is no image
     assert whole.megapixels == pytest.approx(40 * 0.24, rel=0.1)
-    assert (whole.largest, whole.tiles) == ((600, 500), 1)
+    assert (whole.largest, whole.tile, whole.tiles) == ((600, 500), None, 1)
     assert whole.seconds > 0
     tiled = Restorer.load(checkpoint_file, tile=432, halo=160)
     cut = estimate(todo, Store(job.source), tiled, max_pixels=10**6)
+    assert cut.tile == 432
     assert cut.tiles > 1
     assert 0 < cut.memory_bytes < whole.memory_bytes

@@ -1,5 +1,6 @@
 """The whole path on a real local Ray and a real Prefect server: bad images among good ones, resuming, S3."""
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from prefect import get_client
 from prefect.client.schemas import State
 
-from nafnet.images import Picture, decode, encode
+from nafnet.images import Picture, decode, encode, read_note
 from nafnet.model import NetConfig
 from nafnet.restore import Restorer
 from pipelines import flows
@@ -127,6 +129,76 @@ def test_checkpoints_in_the_published_format(
         written = decode((tmp_path / "out" / "images" / name).read_bytes()).pixels.astype(int)
         assert np.abs(written - alone).max() <= 1  # another number of threads may round the other way
         assert np.mean(written != alone) < 1e-3
+
+
+def test_implausible_results_are_counted_told_and_tried_again(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Weights that keep black as it is and throw everything else far away: no bias, and a loud last layer."""
+    network = random_network(GOPRO_LIKE)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    torch.nn.init.normal_(network.ending.weight, std=5)
+    weights = save_published(tmp_path / "loud.pth", network)
+    output = tmp_path / "out"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "black.png").write_bytes(encode(Picture(np.zeros((48, 64, 3), np.uint8), "PNG")))
+    for name in ("noise 1.png", "noise 2.png"):
+        (tmp_path / "in" / name).write_bytes(png(rng))
+    job = {"source": str(tmp_path / "in"), "output": str(output), "checkpoint": str(weights)}
+
+    state = restore(**job)
+    assert state.name == flows.INCOMPLETE
+    assert state.message == "3 images: 1 restored, 2 suspect (tolerated: 0 not restored)"
+    rows = rows_of(output)
+    assert {key: row["status"] for key, row in rows.items()} == {
+        "black.png": "restored",
+        "noise 1.png": "suspect",
+        "noise 2.png": "suspect",
+    }
+    for key in rows:
+        restored, degraded = ((folder / key).read_bytes() for folder in (output / "images", tmp_path / "in"))
+        np.testing.assert_array_equal(decode(restored).pixels, decode(degraded).pixels)
+    assert json.loads((output / "summary.json").read_text())["counts"]["suspect"] == 2
+    page = (output / "report.html").read_text()
+    assert page.count("over 0.25: these weights may be for another kind of image") == 2
+    assert "1 restored, 2 suspect" in page
+
+    assert restore(**job, max_failed=2).is_completed()
+    assert rows_of(output) == rows  # nothing was done
+    assert restore(**job, max_failed=2, retry_failed=True).is_completed()
+    again = rows_of(output)
+    changed = {key for key in again if again[key]["finished_at"] != rows[key]["finished_at"]}
+    assert changed == {"noise 1.png", "noise 2.png"}
+
+
+def test_a_chain_with_strength_and_self_ensemble(
+    tmp_path: Path, rng: np.random.Generator, checkpoint_file: Path
+) -> None:
+    second = save_published(tmp_path / "second.pth", random_network(SIDD_LIKE, seed=1))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(png(rng))
+    settings = {"strength": 0.5, "self_ensemble": True, "deterministic": True, "tile": "whole"}
+    chain = (str(checkpoint_file), str(second))
+    state = restore(source=str(tmp_path / "in"), output=str(tmp_path / "out"), checkpoint=chain, **settings)
+    assert state.is_completed(), state.message
+
+    degraded = decode((tmp_path / "in" / "a.png").read_bytes()).pixels
+    written = (tmp_path / "out" / "images" / "a.png").read_bytes()
+    restorer = Restorer.load(*chain, **settings)
+    np.testing.assert_array_equal(decode(written).pixels, restorer(degraded))
+    for other in ({"strength": 1}, {"self_ensemble": False}):
+        assert (restorer(degraded) != Restorer.load(*chain, **{**settings, **other})(degraded)).any()
+    assert (restorer(degraded) != Restorer.load(*reversed(chain), **settings)(degraded)).any()
+
+    hashes = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in chain]
+    note = read_note(written)
+    assert note is not None
+    assert note.endswith(f": recipe {restorer.recipe.hash}, weights {'+'.join(hashes)}")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["weights"] == {"checkpoint": list(chain), "sha256": "+".join(hashes)}
+    assert [step["weights"] for step in run["recipe"]["steps"]] == hashes
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"recipe.steps[1].weights</th><td><code>{hashes[1]}" in page
 
 
 def test_the_convention_is_settled_with_the_checkpoint(tmp_path: Path, checkpoint_file: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.manifest import plan, write_parts
+from pipelines.manifest import plan, write_parts, written_as
 from pipelines.parts import PartWriter
 from pipelines.records import REPORT_SCHEMA
 from pipelines.settings import RestoreJob
@@ -77,6 +77,9 @@ def test_what_is_finished_is_left_out_until_it_changes(tmp_path: Path) -> None:
     again = plan(job(tmp_path), "r", "stored")
     assert (len(again.pairs), again.finished, again.matched) == (0, 2, 2)
     assert plan(job(tmp_path, retry_failed=True), "r", "stored").pairs["key"].to_pylist() == ["b.png"]
+    writer.write(report_rows(first.pairs.slice(1, 1), "suspect", "r"))
+    assert len(plan(job(tmp_path), "r", "stored").pairs) == 0
+    assert plan(job(tmp_path, retry_failed=True), "r", "stored").pairs["key"].to_pylist() == ["b.png"]
     assert len(plan(job(tmp_path), "another recipe", "stored").pairs) == 2
 
     (tmp_path / "in" / "a.png").write_bytes(b"changed")
@@ -129,6 +132,56 @@ def test_a_reference_that_comes_or_changes_makes_its_image_be_done_again(tmp_pat
     assert len(plan(scored, "r", "stored").pairs) == 0
     (tmp_path / "ref" / "a.png").write_bytes(b"sharper")
     assert len(plan(scored, "r", "stored").pairs) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "image_format", "written"),
+    [
+        ("a/b.png", "same", "a/b.png"),
+        ("a/b.png", "jpeg", "a/b.jpg"),
+        ("a.b/c.d.PNG", "tiff", "a.b/c.d.tif"),
+        ("a.b/plain", "webp", "a.b/plain.webp"),
+        ("a/.png", "bmp", "a/.png.bmp"),
+        ("b.JPEG", "jpeg", "b.jpg"),
+    ],
+)
+def test_a_result_ends_as_its_format_does(key: str, image_format: str, written: str) -> None:
+    assert written_as(key, image_format) == written
+
+
+def test_of_two_keys_that_would_share_a_name_the_second_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.png", "a.tif", "b/a.tif", "c.TIF", "c.png")
+    as_png = job(tmp_path, format="png")
+    todo = plan(as_png, "r", "stored")
+    assert todo.pairs["key"].to_pylist() == ["a.png", "b/a.tif", "c.TIF"]
+    outputs = todo.pairs["output"].to_pylist()
+    assert outputs == [f"{tmp_path}/out/images/{name}" for name in ("a.png", "b/a.png", "c.png")]
+    refused = {row["key"]: (row["status"], row["reason"]) for row in todo.decided.to_pylist()}
+    assert refused == {
+        "a.tif": ("refused", "its result would be a.png, which is that of a.png: rename one of them"),
+        "c.png": ("refused", "its result would be c.png, which is that of c.TIF: rename one of them"),
+    }
+    assert len(plan(job(tmp_path), "r", "stored").pairs) == 5  # every name is its own where formats are kept
+
+    writer = PartWriter(Store(str(tmp_path / "out")))
+    writer.write(report_rows(todo.pairs, "restored", "r"))
+    writer.write(todo.decided)
+    again = plan(as_png, "r", "stored")
+    assert (len(again.pairs), len(again.decided), again.finished) == (0, 0, 5)
+    retried = plan(job(tmp_path, format="png", retry_failed=True), "r", "stored")
+    assert (len(retried.pairs), retried.decided["key"].to_pylist()) == (0, ["a.tif", "c.png"])
+
+
+@pytest.mark.parametrize(("status", "owner"), [("restored", "a.tif"), ("suspect", "a.tif"), ("refused", "a.png")])
+def test_a_result_that_is_there_keeps_its_name(tmp_path: Path, status: str, owner: str) -> None:
+    make(tmp_path / "in", "a.png", "a.tif")
+    first = plan(job(tmp_path, format="png", include=("*.tif",)), "r", "stored")
+    PartWriter(Store(str(tmp_path / "out"))).write(report_rows(first.pairs, status, "r"))
+    wider = plan(job(tmp_path, format="png"), "r", "stored")
+    assert wider.finished == 1
+    if owner == "a.tif":  # a.png would have replaced its image
+        assert "which is that of a.tif" in wider.decided["reason"][0].as_py()
+    assert wider.pairs["key"].to_pylist() == (["a.png"] if owner == "a.png" else [])
 
 
 def test_parts_hold_all_pairs(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from nafnet.recipe import Recipe, Step
 from pipelines.records import REPORT_SCHEMA, Status
 from pipelines.report import (
     ReportError,
     count_line,
     extremes,
+    fact_table,
     read_rows,
     seconds_text,
     summarize,
@@ -35,6 +37,7 @@ RUN = {
     "versions": {"torch": "2.9"},
     "machine": {"gpus": [{"name": "<b>GPU</b>"}], "note": None},
     "job": {"include": ["*.png", "*.jpg"], "empty": {}},
+    "steps": ({"tlc": True}, {"tlc": False}),
 }
 
 
@@ -217,7 +220,9 @@ def test_summary_counts_every_status_and_keeps_infinities_out_of_the_means() -> 
     assert summary["network_seconds_p95"] == pytest.approx(3.6)
     assert summary["megapixels_per_network_second"] == pytest.approx(2.5 / 12)
     assert summary["images_per_second"] == pytest.approx(0.5)
-    assert count_line(summary) == ("13 images: 6 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 1 suspect, 2 crashed")
+    assert count_line(summary) == (
+        "13 images: 6 restored, 1 unreadable, 1 missing, 1 mismatched, 1 refused, 1 suspect, 2 crashed"
+    )
 
 
 def test_summary_json_is_what_was_summarized(output: Store) -> None:
@@ -254,6 +259,76 @@ def test_the_ssim_of_the_convention_comes_first_and_the_convention_is_named(
     assert "SSIM 3D" not in page.text
 
 
+def facts_of(rows: pa.Table, recipe: Recipe | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    summary = summarize(rows, recipe=recipe)
+    return summary, dict(fact_table(summary))
+
+
+def test_tiles_are_counted_and_called_approximate_where_a_step_has_no_tlc(output: Store) -> None:
+    rows = table(
+        row("a"), row("b", tile=512, tiles=4), row("c", tile=432, tiles=7), row("d", status="suspect", tile=512)
+    )
+    local, whole = Step("a"), Step("b", tlc=False)
+    summary, facts = facts_of(rows, Recipe((local,)))
+    assert (summary["tiled"], facts["Restored in tiles"]) == (2, "2")
+    summary, facts = facts_of(rows, Recipe((local, whole)))
+    said = "2: tiles are approximate: without TLC a tile's means are not the image's"
+    assert facts["Restored in tiles"] == said
+    assert "tiles are approximate: without TLC a tile&#x27;s means" in summary_markdown(summary)
+    write_report(output, rows, summary, RUN)
+    assert said in Page(output.read("report.html").decode()).text
+    summary, facts = facts_of(rows.slice(0, 1), Recipe((whole,)))
+    assert summary["tiled"] == 0
+    assert "Restored in tiles" not in facts
+
+
+def test_notes_are_counted_and_the_most_frequent_shown(output: Store) -> None:
+    notes = [name for name, times in zip("abcdefg", (1, 2, 3, 4, 5, 6, 7), strict=True) for _ in range(times)]
+    rows = table(row("clean"), *(row(f"{i:02}", note=f"<note> {name}") for i, name in enumerate(notes)))
+    summary, facts = facts_of(rows)
+    assert summary["noted"] == 28
+    assert summary["notes"] == [{"note": f"<note> {name}", "images": 7 - i} for i, name in enumerate("gfedc")]
+    assert facts["Noted of 7 images"] == "<note> g"
+    assert facts["With other notes"] == "3"
+    assert "| Noted of 3 images | &lt;note&gt; c |" in summary_markdown(summary)
+    _, page = render(output, rows)
+    assert "Noted of 7 images <note> g" in page.text
+    assert "<note> b" not in page.text
+    summary, facts = facts_of(rows.slice(0, 1))
+    assert (summary["noted"], summary["notes"]) == (0, [])
+    assert not any("ote" in what for what in facts)
+
+
+def test_notes_of_as_many_images_are_all_shown() -> None:
+    rows = table(row("a", note="one"), row("b", note="another"))
+    shown = fact_table(summarize(rows))
+    assert ("Noted of 1 image", "one") in shown
+    assert ("Noted of 1 image", "another") in shown
+
+
+def test_a_precision_that_is_not_the_recipes_is_shown() -> None:
+    rows = table(row("a", precision="bf16"), row("b", precision="float32"), row("c", precision="float32"), row("d"))
+    recipe = Recipe((Step("a"),), precision="bf16")
+    summary, facts = facts_of(rows, recipe)
+    assert summary["other_precisions"] == {"float32": 2}
+    assert facts["Restored in float32 instead"] == "2"
+    assert facts_of(rows.slice(0, 1), recipe)[0]["other_precisions"] == {}
+    assert not any("instead" in what for what in facts_of(rows)[1])  # nothing to compare with
+
+
+def test_suspects_are_listed_with_their_reason_and_never_shown_as_restored(
+    output: Store, photos: list[dict[str, Any]]
+) -> None:
+    suspect = photos[0] | {"status": "suspect", "reason": "the result is 0.60 of full range from its input"}
+    source, page = render(output, table(suspect, *photos[1:]))
+    assert "a.png suspect the result is 0.60 of full range from its input" in page.text
+    assert "1 suspect" in page.text
+    assert "the result was implausible, the input was written in its place" in page.text
+    assert source.count("--suspect:") == 2  # a colour for light and for dark
+    assert {strip.key for strip in load_strips(table(suspect, *photos[1:]))} == {"b.png", "sub/c.png"}
+    assert load_strips(table(suspect)) == ()
+
+
 def test_extremes_take_the_lower_median_and_ignore_nan() -> None:
     assert extremes(np.array([np.nan, 3.0, 1.0, 2.0, 4.0])) == (2, 3, 4)
     assert extremes(np.array([5.0])) == (0, 0, 0)
@@ -284,6 +359,7 @@ def test_page_shows_headline_crops_plots_and_run(output: Store, photos: list[dic
     assert "recipe.tile 512" in page.text
     assert "machine.gpus[0].name <b>GPU</b> machine.note none" in page.text
     assert "job.include *.png, *.jpg job.empty none" in page.text
+    assert "steps[0].tlc True steps[1].tlc False" in page.text
     assert "<b>" not in source
 
 

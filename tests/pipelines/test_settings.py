@@ -17,8 +17,56 @@ def test_all_bad_parameters_are_named_at_once() -> None:
     with pytest.raises(ValidationError) as caught:
         RestoreJob.model_validate(
             {"source": "/in", "output": "/out", "tile": 3, "actors": 0, "precision": "fp8", "colour": "red"}
+            | {
+                "strength": 2,
+                "guard": "maybe",
+                "format": "gif",
+                "quality": 0,
+                "subsampling": "4:1:1",
+                "checkpoint": [],
+            }
         )
-    assert {error["loc"][0] for error in caught.value.errors()} == {"tile", "actors", "precision", "colour"}
+    bad = {"tile", "actors", "precision", "colour"}
+    bad |= {"strength", "guard", "format", "quality", "subsampling", "checkpoint"}
+    assert {error["loc"][0] for error in caught.value.errors()} == bad
+    assert caught.value.error_count() == len(bad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tile": "big"}, "tile\n.*takes auto, whole, or a side of 32 px or more, got 'big'"),
+        ({"tile": 31}, "got 31"),
+        ({"tile": True}, "got True"),
+        ({"strength": 0}, "strength\n.*greater than 0"),
+        ({"strength": 1.5}, "strength\n.*less than or equal to 1"),
+        ({"checkpoint": ()}, "checkpoint\n.*at least 1 item"),
+        ({"deterministic": True}, "deterministic needs a tile of so many px or 'whole'"),
+        ({"quality": 90}, "quality and subsampling need a format"),
+        ({"subsampling": "4:2:0"}, "quality and subsampling need a format"),
+        ({"format": "png", "subsampling": "4:2:0"}, "PNG has no chroma subsampling"),
+        ({"format": "tiff", "quality": 90}, "TIFF is lossless and has no quality"),
+        ({"format": "webp", "quality": 101}, "quality\n.*less than or equal to 100"),
+    ],
+)
+def test_an_impossible_choice_is_refused_with_what_would_be_possible(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words) as caught:
+        RestoreJob.model_validate({"source": "/in", "output": "/out", **settings})
+    assert caught.value.error_count() == 1
+
+
+def test_choices_that_do_not_go_together_are_named_at_once() -> None:
+    settings = {"deterministic": True, "format": "bmp", "quality": 90, "subsampling": "4:2:2"}
+    with pytest.raises(ValidationError) as caught:
+        RestoreJob.model_validate({"source": "/in", "output": "/in/out", **settings})
+    for words in ("lies inside source", "deterministic needs", "BMP is lossless", "BMP has no chroma subsampling"):
+        assert words in str(caught.value)
+
+
+def test_a_tile_may_come_as_text() -> None:
+    places = {"source": "/in", "output": "/out"}
+    tiles = [RestoreJob.model_validate({**places, "tile": tile}).tile for tile in ("512", 512, "whole", "auto")]
+    assert tiles == [512, 512, "whole", "auto"]
 
 
 def test_the_authors_scores_have_no_variants_and_that_is_said_with_the_rest() -> None:
@@ -68,6 +116,17 @@ def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
     assert {error["loc"][0] for error in caught.value.errors()} == {"source", "checkpoint"}
     with pytest.raises(ValidationError, match="may hold a signature"):
         RestoreJob(source="/in", output="/out", checkpoint="https://host/w.pth?X-Amz-Signature=hunter2")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_secret_in_any_of_several_checkpoints_is_refused_and_not_repeated(place: int) -> None:
+    for secret in ("https://me:hunter2@host/w.pth", "https://host/w.pth?X-Amz-Signature=hunter2"):
+        chain = ["demo", "/w.pth", "s3://bucket/w.pth"]
+        chain[place] = secret
+        with pytest.raises(ValidationError) as caught:
+            RestoreJob.model_validate({"source": "/in", "output": "/out", "checkpoint": chain})
+        assert [error["loc"] for error in caught.value.errors()] == [("checkpoint",)]
+        assert "hunter2" not in str(caught.value)
 
 
 def test_account_names_are_no_credentials() -> None:

@@ -1,5 +1,7 @@
 """One row at a time, without a cluster: fetch, restore, finish."""
 
+import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,16 +9,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from PIL import Image, ImageCms
 
+import nafnet
 from nafnet.conventions import Convention
-from nafnet.images import Picture, decode, encode
-from nafnet.metrics import psnr, score, ssim_3d
+from nafnet.images import Picture, decode, encode, read_note
+from nafnet.metrics import psnr, quantize, score, ssim_3d
 from nafnet.recipe import Step
-from nafnet.restore import Restorer, to_float
+from nafnet.restore import Restored, Restorer, has_arithmetic, to_float
 from pipelines.manifest import plan
 from pipelines.records import REPORT_SCHEMA
 from pipelines.settings import RestoreJob
 from pipelines.stages import RestoreActor, Work, fetch, finish
+from tests.conftest import GOPRO_LIKE, random_network, save_published
 
 
 def photo(rng: np.random.Generator, height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -158,3 +164,203 @@ def test_an_actor_refuses_weights_that_are_not_the_plans(places: Path, checkpoin
     work, _ = work_and_pairs(places, checkpoint_file)
     with pytest.raises(ValueError, match="another file here"):
         RestoreActor(replace(work, recipe=replace(work.recipe, steps=(Step("0" * 64),))))
+
+
+@pytest.fixture(scope="session")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights whose result lies about 0.6 of full range over their input."""
+    network = random_network(GOPRO_LIKE)
+    assert network.ending.bias is not None
+    torch.nn.init.constant_(network.ending.bias, 0.6)
+    return save_published(tmp_path_factory.mktemp("weights") / "far.pth", network)
+
+
+@pytest.fixture(scope="session")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that are finite, and whose result is not."""
+    network = random_network(GOPRO_LIKE)
+    torch.nn.init.constant_(network.ending.weight, 3e38)
+    return save_published(tmp_path_factory.mktemp("weights") / "overflowing.pth", network)
+
+
+def put(folder: Path, name: str, picture: Picture) -> Picture:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(encode(picture))
+    return picture
+
+
+def written(places: Path, name: str) -> Picture:
+    return decode((places / "out" / "images" / name).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ("overflowing", "restored values are not finite; the input was written instead"),
+        ("far", "of full range from its input (root mean square), over 0.25"),
+    ],
+)
+def test_an_implausible_result_gives_the_input_and_a_reason(
+    places: Path, weights: str, reason: str, request: pytest.FixtureRequest
+) -> None:
+    rows = walk(*work_and_pairs(places, request.getfixturevalue(weights)))
+    assert {str(row["key"]): row["status"] for row in rows} == dict.fromkeys(
+        ["alpha.png", "colour.png", "deep.png", "grey.png"], "suspect"
+    )
+    for row in rows:
+        name = str(row["key"])
+        assert reason in str(row["reason"])
+        np.testing.assert_array_equal(written(places, name).pixels, decode((places / "in" / name).read_bytes()).pixels)
+        assert row["output"] == f"{places}/out/images/{name}"
+        assert row["psnr"] == row["psnr_input"] == np.inf  # the reference is the same file
+
+
+def test_a_suspect_is_written_in_the_chosen_format_from_its_own_values(places: Path, overflowing: Path) -> None:
+    ends = {row["key"]: row["status"] for row in walk(*work_and_pairs(places, overflowing, output="BMP"))}
+    assert ends["deep.png"] == "suspect"
+    deep = decode((places / "in" / "deep.png").read_bytes()).pixels
+    np.testing.assert_array_equal(written(places, "deep.bmp").pixels, deep // 257)
+
+
+def test_without_the_guard_a_far_result_is_written_and_one_that_is_not_finite_refused(
+    places: Path, far: Path, overflowing: Path
+) -> None:
+    rows = walk(*work_and_pairs(places, far, guard=False))
+    assert {row["status"] for row in rows} == {"restored"}
+    degraded = decode((places / "in" / "colour.png").read_bytes()).pixels
+    assert written(places, "colour.png").pixels.mean() > degraded.mean() + 80
+    shutil.rmtree(places / "out")
+    rows = walk(*work_and_pairs(places, overflowing, guard=False))
+    assert {row["status"] for row in rows} == {"refused"}
+    assert "values are NaN or infinite" in str(rows[0]["reason"])
+    assert not (places / "out").exists()
+
+
+@pytest.mark.parametrize("protocol", ["stored", "sidd"])
+def test_the_format_that_is_written_does_not_touch_the_scores(
+    places: Path, checkpoint_file: Path, protocol: str
+) -> None:
+    if protocol == "sidd":
+        (places / "in" / "deep.png").unlink()
+    kept, as_jpeg = (
+        {row["key"]: row for row in walk(*work_and_pairs(places, checkpoint_file, protocol=protocol, output=output))}
+        for output in ("same", "JPEG")
+    )
+    assert as_jpeg["alpha.png"]["status"] == "refused"
+    assert as_jpeg["alpha.png"]["reason"] == (
+        "read, but cannot be written back: JPEG cannot hold RGBA; use PNG or TIFF, or convert the pixels first"
+    )
+    for key in set(kept) - {"alpha.png"}:
+        for score_name in ("psnr", "ssim_3d", "ssim_2d", "psnr_input"):
+            assert as_jpeg[key][score_name] == kept[key][score_name], (key, score_name)
+
+
+def test_a_chosen_format_takes_the_unrounded_result_of_a_deeper_source(
+    tmp_path: Path, checkpoint_file: Path, rng: np.random.Generator
+) -> None:
+    colour, grey = photo(rng, 40, 56), photo(rng, 33, 21, 1)
+    sources = {
+        "deep.tif": Picture(colour.astype(np.uint16) * 255, "TIFF"),
+        "float.tif": Picture(to_float(colour), "TIFF"),
+        "grey.png": Picture(grey, "PNG"),
+        "plain.png": Picture(colour, "PNG"),
+    }
+    for name, picture in sources.items():
+        put(tmp_path / "in", name, picture)
+    restorer = Restorer.load(checkpoint_file)
+
+    def expected(name: str, dtype: type, **options: Any) -> np.ndarray:
+        """What encoding the float result once, as `dtype`, gives."""
+        restored = quantize(np.asarray(restorer(to_float(sources[name].pixels))), dtype)
+        return decode(encode(Picture(restored, "PNG"), **options)).pixels
+
+    rows = walk(*work_and_pairs(tmp_path, checkpoint_file, output="JPEG", quality=80, subsampling="4:2:2"))
+    assert [row["status"] for row in rows] == ["restored"] * 4
+    assert [row["bit_depth"] for row in rows] == [16, 32, 8, 8]  # of the sources
+    for name in sources:
+        options = {"format": "JPEG", "quality": 80, "subsampling": "4:2:2"}
+        found = written(tmp_path, f"{name[:-4]}.jpg").pixels
+        np.testing.assert_array_equal(found, expected(name, np.uint8, **options))
+    assert written(tmp_path, "grey.jpg").channels == 1
+
+    rows = walk(*work_and_pairs(tmp_path, checkpoint_file, output="WEBP", quality=70))
+    assert [row["status"] for row in rows] == ["restored", "restored", "refused", "restored"]
+    assert "WEBP cannot hold grey" in str(rows[2]["reason"])
+    found = written(tmp_path, "plain.webp").pixels
+    np.testing.assert_array_equal(found, expected("plain.png", np.uint8, format="WEBP", quality=70))
+
+    walk(*work_and_pairs(tmp_path, checkpoint_file, output="PNG"))
+    for name, dtype in {"deep.tif": np.uint16, "float.tif": np.uint16, "grey.png": np.uint8}.items():
+        found = written(tmp_path, f"{name[:-4]}.png").pixels
+        np.testing.assert_array_equal(found, expected(name, dtype))
+
+
+@pytest.mark.parametrize(
+    ("output", "name"), [("same", "a.png"), ("TIFF", "a.tif"), ("JPEG", "a.jpg"), ("WEBP", "a.webp")]
+)
+def test_profile_and_exif_survive_and_a_note_says_what_made_the_image(
+    tmp_path: Path, checkpoint_file: Path, rng: np.random.Generator, output: str, name: str
+) -> None:
+    exif = Image.Exif()
+    exif[315] = "A. Photographer"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    put(tmp_path / "in", "a.png", Picture(photo(rng, 24, 32), "PNG", profile, exif.tobytes().removeprefix(b"Exif\0\0")))
+    work, pairs = work_and_pairs(tmp_path, checkpoint_file, output=output)
+    assert [row["status"] for row in walk(work, pairs)] == ["restored"]
+    picture = written(tmp_path, name)
+    assert picture.icc == profile
+    read_back = Image.Exif()
+    read_back.load(b"Exif\0\0" + (picture.exif or b""))
+    assert read_back[315] == "A. Photographer"
+    weights = hashlib.sha256(checkpoint_file.read_bytes()).hexdigest()
+    note = read_note((tmp_path / "out" / "images" / name).read_bytes())
+    assert note == f"nafnet-pipelines {nafnet.__version__}: recipe {work.recipe.hash}, weights {weights}"
+
+
+def test_rows_say_in_what_tiles_an_image_went_through(
+    tmp_path: Path, checkpoint_file: Path, rng: np.random.Generator
+) -> None:
+    put(tmp_path / "in", "small.png", Picture(photo(rng, 20, 40), "PNG"))
+    put(tmp_path / "in", "wide.png", Picture(photo(rng, 20, 600), "PNG"))
+
+    def took(**settings: Any) -> list[tuple[object, ...]]:
+        share = settings.pop("memory_share", 1.0)
+        work, pairs = work_and_pairs(tmp_path, checkpoint_file, **settings)
+        rows = walk(replace(work, memory_share=share), pairs)
+        return [tuple(row[name] for name in ("status", "tile", "tiles", "precision", "note")) for row in rows]
+
+    whole = ("restored", None, 1, "float32", None)
+    assert took() == [whole, whole]
+    assert took(memory_share=1e-6) == [whole, ("restored", 512, 2, "float32", None)]
+    assert took(tile=432) == [whole, ("restored", 432, 7, "float32", None)]
+    assert took(tile="whole", memory_share=1e-6) == [whole, whole]
+
+
+def test_rows_say_that_low_precision_was_given_up(
+    places: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if has_arithmetic("bf16"):
+        monkeypatch.setattr("nafnet.restore.has_arithmetic", lambda _: False)
+    rows = walk(*work_and_pairs(places, checkpoint_file, precision="bf16"))
+    why = "this CPU has no bf16 arithmetic, and would be slow in it: float32 instead"
+    assert {(row["status"], row["precision"], row["note"]) for row in rows} == {("restored", "float32", why)}
+    exact = Restorer.load(checkpoint_file)(decode((places / "in" / "colour.png").read_bytes()).pixels)
+    np.testing.assert_array_equal(written(places, "colour.png").pixels, exact)
+
+
+def test_an_image_for_which_memory_runs_out_is_refused_and_the_others_go_on(
+    places: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore = Restorer.restore
+
+    def short_of_memory(self: Restorer, image: Any) -> Restored:
+        if image.shape[:2] == (40, 56):
+            raise MemoryError("out of memory as a whole: give the actor more memory, or set a smaller tile")
+        return restore(self, image)
+
+    monkeypatch.setattr(Restorer, "restore", short_of_memory)
+    rows = {row["key"]: row for row in walk(*work_and_pairs(places, checkpoint_file))}
+    ends = {key: row["status"] for key, row in rows.items()}
+    assert ends == {**dict.fromkeys(rows, "restored"), "colour.png": "refused"}
+    assert "give the actor more memory" in str(rows["colour.png"]["reason"])
+    assert not (places / "out" / "images" / "colour.png").exists()
