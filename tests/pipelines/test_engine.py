@@ -89,27 +89,27 @@ def test_a_deterministic_recipe_gives_the_same_bits_from_any_number_of_actors(
 ) -> None:
     monkeypatch.setattr(engine, "_BLOCK_ROWS", 1)  # something for each actor
     (tmp_path / "in").mkdir()
-    for i in range(8):
-        pixels = rng.random((120, 460, 3), dtype=np.float32)  # floats, so that rounding hides nothing
+    for i in range(6):
+        # Floats, so that rounding hides nothing; in this size the bits would hang on the number of threads.
+        pixels = rng.random((120, 460, 3), dtype=np.float32)
         (tmp_path / "in" / f"{i}.tif").write_bytes(encode(Picture(pixels, "TIFF")))
-    recipe = Restorer.load(checkpoint_file, tile=432, deterministic=True).recipe
+    recipe = Restorer.load(checkpoint_file, tile="whole", deterministic=True).recipe
     made, workers, threads = [], [], []
-    for run, actors in enumerate((1, 1, 4)):
+    for run, actors in enumerate((1, 2, 4)):
         job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / f"out{run}"))
         work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
         got: list[pa.Table] = []
         done_by = engine.run(plan(job, recipe.hash, "stored").pairs, work, Placement(four_cpus, actors), got.append)
         rows = pa.concat_tables(got)
-        assert Counter(rows["status"].to_pylist()) == {"restored": 8}
-        assert set(rows["tile"].to_pylist()) == {432}
+        assert Counter(rows["status"].to_pylist()) == {"restored": 6}
         workers.append(len(set(rows["worker"].to_pylist())))
         threads.append(done_by["threads"])
         files = sorted((tmp_path / f"out{run}" / "images").iterdir())
         made.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
-    assert threads == [4, 4, 1]
-    assert workers[:2] == [1, 1]
+    assert threads == [4, 2, 1]
+    assert workers[0] == 1
     assert workers[2] > 1
-    assert len(made[0]) == 8
+    assert len(made[0]) == 6
     assert made[0] == made[1] == made[2]
 
 

@@ -1,0 +1,89 @@
+"""Planned memory against what processes really take, and what counts as running out of it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nafnet.memory import LADDER, available_bytes, is_out_of_memory, network_bytes, process_bytes, rungs, weights_bytes
+from nafnet.model import NetConfig
+from nafnet.recipe import Recipe, Step
+from nafnet.restore import Restorer
+from tests.nafnet.test_strips import network_of
+
+# Prints the peak of a process in bytes: argv is width, height, image width, tile or "whole".
+_PROGRAM = """
+import resource, sys
+import numpy as np, torch
+from nafnet import NetConfig, Network, Recipe, Restorer, Step
+width, height, columns = map(int, sys.argv[1:4])
+tile = int(sys.argv[4]) if sys.argv[4].isdecimal() else sys.argv[4]
+torch.set_num_threads(2)
+network = Network(NetConfig(width=width, enc_blocks=(1, 1, 1, 2))).eval()
+restorer = Restorer([network], Recipe((Step("w"),), tile=tile))
+restorer(np.zeros((height, columns, 3), np.uint8))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "tile"), [(32, (720, 1280), None), (16, (1300, 2000), 768), (64, (300, 400), None)]
+)
+def test_the_plan_covers_the_peak_and_little_more(width, size, tile):
+    config = NetConfig(width=width, enc_blocks=(1, 1, 1, 2))
+    arguments = [str(width), *map(str, size), str(tile or "whole")]
+    run = subprocess.run([sys.executable, "-c", _PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        planned = process_bytes([config], *size, tile=tile)
+    finally:
+        torch.set_num_threads(threads)
+    assert 0.5 * planned < int(run.stdout) <= planned
+
+
+def test_the_plan_grows_with_pixels_and_precision():
+    wide = NetConfig(width=32)
+    photo = network_bytes(wide, 720, 1280)
+    assert network_bytes(wide, 1440, 1280) > 1.8 * photo
+    assert network_bytes(wide, 720, 1280, precision="bf16") < 0.7 * photo
+    assert network_bytes(wide, 720, 1280, device="cuda") > photo
+    assert network_bytes(wide, 705, 1265) == photo  # padded to a multiple of 16
+    assert weights_bytes([wide]) == 4 * 17_111_907
+    assert weights_bytes([wide, wide], precision="bf16") == 2 * 6 * 17_111_907
+
+
+def test_the_ladder_goes_down_from_the_whole_image_or_a_tile():
+    assert tuple(sorted(LADDER, reverse=True)) == LADDER
+    assert rungs(3000, 2000, least=600) == [None, 2048, 1536, 1024, 768, 640]
+    assert rungs(3000, 2000, least=600, first=900) == [900, 768, 640]
+    assert rungs(500, 400, least=500) == [None]
+
+
+def test_a_share_of_what_is_there():
+    assert 2**28 < available_bytes() < 2**50
+    assert available_bytes(share=0.25) == pytest.approx(available_bytes() / 4, abs=4)
+
+
+def test_only_memory_counts_as_out_of_memory():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert is_out_of_memory(refused.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as shapes:
+        torch.zeros(2) @ torch.zeros(3)
+    assert not is_out_of_memory(shapes.value)
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_a_large_image_stays_within_what_it_may_use():
+    """Scaled down from 100 megapixels: auto takes tiles where the whole image would need more."""
+    memory = 1_100_000_000
+    restorer = Restorer([network_of(NetConfig(width=16))], Recipe((Step("w"),)), memory=memory)
+    tile = restorer.tile(3000, 4000)
+    assert tile is not None
+    assert restorer.process_bytes(3000, 4000, tile) <= memory < restorer.process_bytes(3000, 4000, None)
+    larger = [side for side in LADDER if tile < side < 4000]
+    assert all(restorer.process_bytes(3000, 4000, side) > memory for side in larger)

@@ -1,0 +1,148 @@
+"""The network in strips against the paper's equations written plainly, at the sizes that people restore."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+
+from nafnet import strips
+from nafnet.device import DeviceNetwork
+from nafnet.model import NetConfig, Network
+from nafnet.strips import StripNetwork
+from nafnet.tlc import localize, sliding_means
+from tests.nafnet import reference
+
+GOPRO = {"enc_blocks": (1, 1, 1, 28), "middle_blocks": 1, "dec_blocks": (1, 1, 1, 1)}
+SIDD = {"enc_blocks": (2, 2, 4, 8), "middle_blocks": 12, "dec_blocks": (2, 2, 2, 2)}
+FAMILY = {
+    "NAFNet": {},
+    "Baseline": {"activation": "gelu", "attention": "ca", "dw_expand": 1},
+    "PlainNet": {"norm": "none", "activation": "relu", "attention": "none", "dw_expand": 1},
+}
+CASES = [
+    pytest.param(family, layout, width, size, crop, id=f"{family}-{name}-{width}-{size[1]}x{size[0]}-{crop or 0}")
+    for family in FAMILY
+    for name, layout in (("GoPro", GOPRO), ("SIDD", SIDD))
+    for width in (8, 32)
+    for size in ((97, 131), (150, 700), (720, 1280))
+    for crop in (None, 256)
+    if not (family == "PlainNet" and crop)  # it has no attention
+    if width == 8 or size[0] < 720 or crop  # the largest, which take a minute, only with the attention people use
+]
+SMALL = NetConfig(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
+
+
+def network_of(config, seed=0):
+    """Random; what it adds to an image is about as large as the image."""
+    network = reference.randomize(Network(config), seed)
+    with torch.no_grad():
+        network.ending.weight *= 0.5
+    return network
+
+
+@lru_cache(maxsize=1)
+def picture(height, width):
+    """Noise on slopes, (1, 3, height, width) in [0, 1]: its means differ from place to place."""
+    noise = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(height * width))
+    return noise * (torch.linspace(0, 1, height)[:, None] + torch.linspace(0, 1, width)) / 2
+
+
+def expected(network, image, train_size):
+    config = network.config
+    with torch.inference_mode():
+        return reference.network(
+            network.state_dict(), image, activation=config.activation, sigma=config.sigma, train_size=train_size
+        )
+
+
+def in_strips(network, image):
+    return StripNetwork(network)(image[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize(("family", "layout", "width", "size", "train_size"), CASES)
+def test_equals_the_plain_transcription(family, layout, width, size, train_size):
+    network = network_of(NetConfig(width=width, **layout, **FAMILY[family]))
+    image = picture(*size)
+    right = expected(network, image, train_size)
+    if train_size:
+        localize(network, train_size)
+    assert 0.1 < float((right - image).std()) < 3  # of order 1, so that a difference of 1e-5 is small
+    torch.testing.assert_close(in_strips(network, image), right, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (16, 16), (17, 31), (33, 64)], ids=str)
+@pytest.mark.parametrize("family", FAMILY)
+def test_odd_sizes(family, size):
+    network = network_of(replace(SMALL, **FAMILY[family]))
+    right = expected(network, picture(*size), 16)
+    torch.testing.assert_close(in_strips(localize(network, 16), picture(*size)), right, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", ["relu", "gelu", "sigmoid", "silu"])
+def test_ablations_of_the_gate(sigma):
+    network = network_of(replace(SMALL, sigma=sigma))
+    right = expected(network, picture(40, 56), None)
+    torch.testing.assert_close(in_strips(network, picture(40, 56)), right, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("height", [1, 2, 3, 7, 100])
+def test_the_height_of_a_strip_does_not_matter(height, monkeypatch):
+    network = localize(network_of(SMALL), 32)
+    image = picture(90, 70)
+    usual = in_strips(network, image)
+    monkeypatch.setattr(strips, "_rows", lambda _: height)
+    torch.testing.assert_close(in_strips(network, image), usual, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("compile_after", [1e9, 0.0], ids=["eager", "compiled"])
+def test_layer_by_layer_is_the_same_network(compile_after):
+    """The way of GPUs. Compiled for the first size seen after the work it has to have done, and right for others."""
+    network = localize(network_of(replace(SMALL, enc_blocks=(1,), middle_blocks=0, dec_blocks=(0,))), 32)
+    layered = DeviceNetwork(network, torch.float32, "cpu", compile_after=compile_after)
+    for size in ((64, 80), (70, 131), (20, 20)):
+        image = picture(*size)
+        restored = layered(image[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
+        torch.testing.assert_close(restored, in_strips(network, image), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    network = localize(network_of(SMALL), 32)
+    image = picture(60, 75)
+    exact = in_strips(network, image)
+    close = StripNetwork(network, dtype)(image[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
+    assert close.dtype == torch.float32
+    assert 1e-6 < float((close - exact).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 50])
+@pytest.mark.parametrize("side", [1, 3, 8, 13, 14, 20, 40])
+@pytest.mark.parametrize("size", [(13, 20), (20, 13), (1, 9), (9, 1), (8, 8)], ids=str)
+def test_sliding_means_are_the_windows_means(size, side, rows):
+    x = torch.rand(*size, 3, generator=torch.Generator().manual_seed(1))
+    right = reference.mean(x.permute(2, 0, 1)[None].double(), side)[0].permute(1, 2, 0)
+    bottom = 0
+    for start, stop, means in sliding_means(x, side, rows):
+        assert start == bottom
+        assert means.shape[0] in (1, stop - start)
+        left = (size[1] - means.shape[1]) // 2
+        inner = right[start:stop, left : left + means.shape[1]] if means.shape[1] > 1 else right[start:stop, :1]
+        torch.testing.assert_close(means.expand(inner.shape).double(), inner, atol=1e-6, rtol=0)
+        bottom = stop
+    assert bottom == size[0]
+
+
+def test_sums_of_a_large_float16_map_do_not_overflow():
+    x = torch.full((600, 700, 1), 8.0, dtype=torch.float16)
+    for _, _, means in sliding_means(x, 400, 16):
+        assert float((means - 8).abs().max()) < 1e-5
+
+
+def test_long_running_sums_stay_exact():
+    """A running sum that was never made anew would carry the rounding errors of 5000 rows."""
+    x = torch.rand(5000, 3, 4, generator=torch.Generator().manual_seed(0)) + 100
+    right = x.double().unfold(0, 24, 1).mean(-1)
+    means = torch.cat([means.expand(stop - start, -1, -1) for start, stop, means in sliding_means(x, 24, 16)])
+    inner = means[11 : 11 + len(right)].double()
+    torch.testing.assert_close(inner, right.mean(1, keepdim=True), atol=6e-5, rtol=0)
