@@ -16,6 +16,7 @@ from nafnet.model import NetConfig, Network
 from nafnet.recipe import Recipe, Step
 from nafnet.restore import Restorer, to_float
 from nafnet.strips import StripNetwork
+from pipelines.demo import photographs
 from tests.nafnet import reference
 
 SMALL = NetConfig(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
@@ -424,6 +425,19 @@ def test_tiles_with_tlc_agree_with_the_whole_image():
     assert 60 < agreement(narrow, whole) < 100
     without = GLOBAL
     assert agreement(restorer_of(replace(without, tile=256, halo=96))(image), restorer_of(without)(image)) < 80
+
+
+@pytest.mark.parametrize(("halo", "decibels"), [(192, 100), (256, 130)])
+def test_tiles_of_a_photograph(halo, decibels):
+    """The bundled weights with their own windows of 144 px. Without TLC a wider halo does not help."""
+    photo = to_float(photographs()["motorcycle_left"])
+    whole = Restorer.load("demo", tlc=True, tile="whole", guard=False)(photo)
+    tiled = Restorer.load("demo", tlc=True, tile=576, halo=halo, guard=False).restore(photo)
+    assert tiled.tiles > 1
+    assert agreement(tiled.pixels, whole) > decibels
+    everywhere = Restorer.load("demo", tlc=False, tile="whole", guard=False)(photo)
+    without = Restorer.load("demo", tlc=False, tile=576, halo=halo, guard=False)(photo)
+    assert 50 < agreement(without, everywhere) < 90
 
 
 def test_tiles_of_integers_round_once():
