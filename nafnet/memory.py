@@ -53,7 +53,7 @@ def weights_bytes(configs: Iterable[NetConfig], *, precision: Precision = "float
 
 
 def image_bytes(height: int, width: int, channels: int, *, tiled: bool) -> int:
-    """What is held of the image itself: as read and as it will be written, and sums of tiles and of steps in float32."""
+    """What is held of the image itself: as read and as it will be written, and the float32 sum of its tiles."""
     return height * width * channels * (2 * 2 + (4 if tiled else 0) + 4)
 
 
