@@ -52,9 +52,9 @@ def weights_bytes(configs: Iterable[NetConfig], *, precision: Precision = "float
     return count * (4 if precision == "float32" else 4 + DTYPES[precision].itemsize)
 
 
-def image_bytes(height: int, width: int, channels: int, *, tiled: bool) -> int:
-    """What is held of the image itself: as read and as it will be written, and the float32 sum of its tiles."""
-    return height * width * channels * (2 * 2 + (4 if tiled else 0) + 4)
+def image_bytes(height: int, width: int, channels: int, *, sums: int) -> int:
+    """What is held of the image itself: as read and as it will be written, and float32 `sums` of tiles or of views."""
+    return height * width * channels * (2 * 2 + 4 * sums)
 
 
 def process_bytes(
@@ -65,6 +65,7 @@ def process_bytes(
     tile: int | None = None,
     precision: Precision = "float32",
     device: str = "cpu",
+    self_ensemble: bool = False,
 ) -> int:
     """The peak of a process that restores one image (px) in tiles of `tile` px, or whole when it is None.
 
@@ -76,7 +77,8 @@ def process_bytes(
     if device != "cpu":
         return maps
     channels = max(config.image_channels for config in configs)
-    return _LIBRARIES_BYTES + maps + image_bytes(height, width, channels, tiled=piece != (height, width))
+    sums = (piece != (height, width)) + self_ensemble + (len(configs) > 1)  # what a step of a chain starts from, too
+    return _LIBRARIES_BYTES + maps + image_bytes(height, width, channels, sums=sums)
 
 
 def rungs(height: int, width: int, *, least: int, first: int | None = None) -> list[int | None]:

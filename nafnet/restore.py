@@ -210,7 +210,15 @@ class Restorer:
     def process_bytes(self, height: int, width: int, tile: int | None) -> int:
         """The planned peak of this process for an image of this size (px) in tiles of `tile` px (None: whole)."""
         precision: Precision = "float32" if self._fallback else self.recipe.precision
-        return process_bytes(self.configs, height, width, tile=tile, precision=precision, device=self.device)
+        return process_bytes(
+            self.configs,
+            height,
+            width,
+            tile=tile,
+            precision=precision,
+            device=self.device,
+            self_ensemble=self.recipe.self_ensemble,
+        )
 
     def describe(self) -> str:
         """The networks, and the TLC windows of each level, in a few lines."""
