@@ -67,7 +67,7 @@ def test_restore_prints_what_came_of_it_and_nothing_else(
 def test_restore_writes_the_format_that_was_asked_for(
     tmp_path: Path, prefect_home: dict[str, str], checkpoint_file: Path, rng: np.random.Generator
 ) -> None:
-    pictures = {name: rng.integers(0, 256, (40, 60, 3), dtype=np.uint8) for name in ("a", "b")}
+    pictures = {name: rng.integers(112, 144, (40, 60, 3), dtype=np.uint8) for name in ("a", "b")}
     for name, pixels in pictures.items():
         write(tmp_path / "in", f"{name}.png", pixels)
     options = ["--format", "jpeg", "--quality", "90", "--subsampling", "4:2:0"]
