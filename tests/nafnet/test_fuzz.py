@@ -1,7 +1,7 @@
 """Damaged files of every kind: no crash, no hang, no memory beyond a plan, and only the two errors that are declared.
 
 It is done in a process of its own, so that a segmentation fault or a hang is a failure that names its case. More of
-it, with another seed: `python tests/nafnet/test_fuzz.py MUTATIONS_PER_CASE SEED`.
+it, with another seed: `PYTHONPATH=. python tests/nafnet/test_fuzz.py MUTATIONS_PER_CASE SEED`.
 """
 
 import faulthandler
@@ -24,6 +24,7 @@ import tifffile
 from PIL import Image
 
 from nafnet.images import Picture, RefusedImage, UnreadableImage, decode, encode, read_note
+from tests.peak import peak_bytes
 
 MUTATIONS = 250
 SECONDS = 10
@@ -255,7 +256,7 @@ def campaign(mutations, seed, progress, *names):
     cases = [(name, case, data) for name in names for case, data in CASES[name]()]
     for name, case, data in cases:
         assert survives(data), f"{name}, {case} is not valid to begin with"
-    before = memory()
+    before = peak_bytes()
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2 * MAX_GROWTH,) * 2)
     pictures = failures = 0
@@ -274,16 +275,11 @@ def campaign(mutations, seed, progress, *names):
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 if failures == MAX_FAILURES:
                     sys.exit("too many failures")
-    growth = memory() - before
+    growth = peak_bytes() - before
     print(f"{len(cases) * mutations} mutations, {pictures} still pictures, memory grew by {growth / 2**20:.0f} MiB")
     if growth > MAX_GROWTH:
         sys.exit(f"which is over {MAX_GROWTH / 2**20:.0f} MiB")
     sys.exit(failures > 0)
-
-
-def memory():
-    """The most that this process ever held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run(mutations, seed, *names):

@@ -14,16 +14,17 @@ from tests.nafnet.test_strips import network_of
 
 # Prints the peak of a process in bytes: argv is width, height, image width, tile or "whole".
 _PROGRAM = """
-import resource, sys
+import sys
 import numpy as np, torch
 from nafnet import NetConfig, Network, Recipe, Restorer, Step
+from tests.peak import peak_bytes
 width, height, columns = map(int, sys.argv[1:4])
 tile = int(sys.argv[4]) if sys.argv[4].isdecimal() else sys.argv[4]
 torch.set_num_threads(2)
 network = Network(NetConfig(width=width, enc_blocks=(1, 1, 1, 2))).eval()
 restorer = Restorer([network], Recipe((Step("w"),), tile=tile))
 restorer(np.zeros((height, columns, 3), np.uint8))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_bytes())
 """
 
 
