@@ -7,7 +7,8 @@ that the first made possible, goes from there to its output, in place. What is c
 and shift, the residual's) is folded into the neighbouring 1x1 convolutions, and those are matrix products.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -76,9 +77,10 @@ class _Block:
         self.activation, self.sigma = block.activation, SIGMAS[block.sigma]
         attention = block.sca or block.se
         self.window: int | None = None
-        self.excite: list[nn.Module] = []
+        self.excite: list[Callable[[Tensor], Tensor]] = []
         if attention is not None:
-            pool, *self.excite = (_linear(layer, dtype) for layer in attention)
+            pool = attention[0]
+            self.excite = [_linear(layer, dtype) for layer in attention[1:]]
             self.window = pool.side if isinstance(pool, LocalAvgPool2d) else None
 
     def __call__(self, x: Tensor, space: Tensor) -> None:
@@ -275,14 +277,12 @@ def _before_scale(conv: nn.Conv2d, scale: Tensor, dtype: torch.dtype) -> tuple[T
     return _weights(bias * factor, dtype), _weights((weight * factor[:, None]).t(), dtype)
 
 
-def _linear(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _linear(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """1x1 convolutions as linear layers on pixels; other layers as they are."""
     if not isinstance(layer, nn.Conv2d):
         return layer
-    linear = nn.Linear(layer.in_channels, layer.out_channels, dtype=dtype)
-    linear.weight.data = _weights(layer.weight[..., 0, 0], dtype)
-    linear.bias.data = _weights(cast(Tensor, layer.bias), dtype)
-    return linear
+    weight, bias = _weights(layer.weight[..., 0, 0], dtype), _weights(cast(Tensor, layer.bias), dtype)
+    return partial(F.linear, weight=weight, bias=bias)
 
 
 def _weights(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
+# Threads of torch that wait for one another spin: on a core that someone else wants, ten times as long as they compute.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from nafnet.model import NetConfig, Network
 

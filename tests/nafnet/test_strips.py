@@ -5,6 +5,8 @@ from functools import lru_cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nafnet import strips
 from nafnet.device import DeviceNetwork
@@ -77,6 +79,24 @@ def test_odd_sizes(family, size):
     network = network_of(replace(SMALL, **FAMILY[family]))
     right = expected(network, picture(*size), 16)
     torch.testing.assert_close(in_strips(localize(network, 16), picture(*size)), right, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 4), st.sampled_from([None, 16, 24]))
+def test_any_size_is_padded_with_zeros_and_cut_back(height, width, levels, train_size):
+    network = network_of(NetConfig(width=4, enc_blocks=(1,) * levels, middle_blocks=1, dec_blocks=(1,) * levels))
+    image = picture(height, width)
+    right = expected(network, image, train_size)
+    if train_size:
+        localize(network, train_size)
+    with torch.inference_mode():
+        for restored in (network(image), in_strips(network, image)):
+            assert restored.shape == image.shape
+            torch.testing.assert_close(restored, right, atol=1e-5, rtol=0)
+        stride = 2**levels
+        padded = torch.nn.functional.pad(image, (0, -width % stride, 0, -height % stride))
+        by_hand = network(padded)[..., :height, :width]
+    torch.testing.assert_close(by_hand, right, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sigma", ["relu", "gelu", "sigmoid", "silu"])

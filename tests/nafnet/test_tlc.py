@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nafnet.model import NetConfig, Network, spread
-from nafnet.tlc import LocalAvgPool2d, localize, windows
+from nafnet.tlc import LocalAvgPool2d, localize, sliding_means, windows
 from tests.nafnet import reference
 
 PUBLISHED = NetConfig(width=4, enc_blocks=(1, 1, 1, 2), middle_blocks=1, dec_blocks=(1, 1, 1, 1))
@@ -39,6 +41,30 @@ def brute_force(x, side):
 def test_local_means_equal_windows_averaged_one_by_one(height, width, side):
     x = numbers(2, 3, height, width)
     torch.testing.assert_close(local_means(x, side).double(), brute_force(x, side), atol=1e-6, rtol=0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 70), st.integers(1, 20))
+def test_windows_of_any_side_on_images_of_any_size(height, width, side, rows):
+    """Both ways of taking the means, which share nothing but the sums along rows."""
+    x = numbers(1, 2, height, width, seed=height * width)
+    right = reference.mean(x.double(), side)
+    torch.testing.assert_close(local_means(x, side).double(), right, atol=1e-6, rtol=0)
+    made = []
+    for top, bottom, means in sliding_means(x[0].permute(1, 2, 0), side, rows):
+        assert top == sum(part.shape[2] for part in made)  # from the first row on, none twice and none left out
+        across = spread(means.permute(2, 0, 1)[None], bottom - top, width)
+        made.append(across.expand(1, 2, bottom - top, width))
+    torch.testing.assert_close(torch.cat(made, dim=2).double(), right, atol=1e-6, rtol=0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(16, 2000), st.integers(1, 4))
+def test_windows_halve_from_one_and_a_half_crops(train_size, levels):
+    sides = windows(NetConfig(width=4, enc_blocks=(1,) * levels, dec_blocks=(1,) * levels), train_size)
+    assert sides == tuple(reference.window(train_size, level) for level in range(levels + 1))
+    assert sides[0] == int(1.5 * train_size)
+    assert all(0 <= upper - 2 * lower <= 3 for upper, lower in zip(sides, sides[1:], strict=False))
 
 
 def test_the_reference_averages_the_same_windows():
