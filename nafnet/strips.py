@@ -79,8 +79,8 @@ class _Block:
         self.window: int | None = None
         self.excite: list[Callable[[Tensor], Tensor]] = []
         if attention is not None:
-            pool = attention[0]
-            self.excite = [_linear(layer, dtype) for layer in attention[1:]]
+            pool, *layers = attention
+            self.excite = [_linear(layer, dtype) for layer in layers]
             self.window = pool.side if isinstance(pool, LocalAvgPool2d) else None
 
     def __call__(self, x: Tensor, space: Tensor) -> None:

@@ -4,10 +4,12 @@ import json
 import logging
 import math
 import os
+import re
 import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,9 +17,10 @@ import torch
 import typer
 
 from nafnet import catalog, checkpoint
+from nafnet.ablations import ABLATIONS, PUBLISHED_LAYOUT, Ablation, Data, near, select
 from nafnet.conventions import Convention, ProfileName, ProtocolName, label
 from nafnet.memory import process_bytes
-from nafnet.model import Activation, Attention, NetConfig, Network, Norm, Sigma, multiply_adds, parameters
+from nafnet.model import Activation, Attention, NetConfig, Network, Norm, Sigma, parameters
 from nafnet.recipe import Precision
 from nafnet.tlc import windows
 
@@ -31,15 +34,29 @@ app = typer.Typer(
 Metrics = Annotated[ProfileName, typer.Option(help="Whose way of computing scores is followed.")]
 CropBorder = Annotated[int, typer.Option(help="Margin that basicsr and mmagic leave out of scores, px.")]
 YChannel = Annotated[bool, typer.Option("--y-channel", help="Score the luma alone, under basicsr and mmagic.")]
+_PLANNED: tuple[Precision, Precision] = ("float32", "bf16")
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and Prefect say too.")]
 
 
 @app.command()
 def restore(
-    source: Annotated[str, typer.Argument(help="Folder or prefix of degraded images: a path or an fsspec URL.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Degraded images, at a path or an fsspec URL: a folder; an .lmdb, .mat or .tar (x-{000..023}.tar for "
+            "several); or a list (.csv, .jsonl, .parquet) with the columns source and reference."
+        ),
+    ],
     output: Annotated[str, typer.Argument(help="Prefix to write images/, report/ and report.html to.")],
     reference: Annotated[
         str | None, typer.Option(help="Sharp originals under the same relative names, to score against.")
+    ] = None,
+    pair: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="How references are named: that folder of the key, or else that part of the file's name, is replaced.",
+        ),
     ] = None,
     checkpoint: Annotated[
         list[str] | None,
@@ -187,41 +204,94 @@ def score(
 
 @app.command()
 def info(
-    weights: Annotated[
+    name: Annotated[
         str | None,
-        typer.Argument(metavar="CHECKPOINT", help="A file or a catalog name. Left out: list the catalog."),
+        typer.Argument(
+            metavar="NAME",
+            help="A file, a URL, a catalog name, or an ablation of the paper (table1/plainnet; table1 for all of its "
+            "rows). Left out: list the catalog and the ablations, or describe the network of the options.",
+        ),
     ] = None,
-    height: Annotated[int, typer.Option(help="Image height for the arithmetic, px.")] = 256,
-    width: Annotated[int, typer.Option(help="Image width for the arithmetic, px.")] = 256,
+    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Image for arithmetic and memory, px.")] = "256x256",
+    data: Annotated[Data | None, typer.Option(help="Whose block layout an ablation gets. Default: gopro.")] = None,
+    train_size: Annotated[
+        int | None,
+        typer.Option(help="Side of the training crops in px (TLC window). Default: what the file says, else 256."),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Channels at full resolution. Default: 32.")] = None,
+    enc_blocks: Annotated[str | None, typer.Option(help="Blocks of each encoder level. Default: 1,1,1,28.")] = None,
+    middle_blocks: Annotated[int | None, typer.Option(help="Blocks in the middle. Default: 1.")] = None,
+    dec_blocks: Annotated[
+        str | None, typer.Option(help="Blocks of each decoder level, deepest first. Default: 1,1,1,1.")
+    ] = None,
+    norm: Annotated[Norm | None, typer.Option(help="Normalisation. Default: layer.")] = None,
+    activation: Annotated[Activation | None, typer.Option(help="Activation or gate. Default: gate.")] = None,
+    attention: Annotated[Attention | None, typer.Option(help="Channel attention. Default: sca.")] = None,
+    gate_sigma: Annotated[
+        Sigma | None, typer.Option(help="What acts on one half of the gate. Default: identity.")
+    ] = None,
+    dw_expand: Annotated[
+        int | None, typer.Option(help="Growth of channels before the depthwise convolution. Default: 2.")
+    ] = None,
+    ffn_expand: Annotated[
+        int | None, typer.Option(help="Growth of channels in a block's second half. Default: 2.")
+    ] = None,
+    image_channels: Annotated[int | None, typer.Option(help="3 for RGB, 1 for grey. Default: 3.")] = None,
 ) -> None:
-    """Say what a checkpoint holds: network, parameters, arithmetic, TLC windows. Without one, list the catalog."""
-    if weights is None:
-        print(f"{'name':<24} {'PSNR':>8} {'SSIM-3D':>8}  TLC  protocol")
-        for row in catalog.CATALOG.values():
-            scores = f"{row.psnr:8.4f} {row.ssim_3d:8.4f}" if row.psnr else f"{'-':>8} {'-':>8}"
-            print(f"{row.name:<24} {scores}  {'on ' if row.tlc else 'off'}  {row.protocol}")
-        return
-    from pipelines.weights import locate
+    """Say what a network is and takes: parameters, arithmetic, TLC windows, memory, and its published scores.
 
+    The network is a checkpoint's, an ablation's, or any other by the options of nafnet train.
+    """
+    shape = {
+        "width": width,
+        "enc_blocks": enc_blocks,
+        "middle_blocks": middle_blocks,
+        "dec_blocks": dec_blocks,
+        "norm": norm,
+        "activation": activation,
+        "attention": attention,
+        "gate_sigma": gate_sigma,
+        "dw_expand": dw_expand,
+        "ffn_expand": ffn_expand,
+        "image_channels": image_channels,
+    }
+    given = {dial: value for dial, value in shape.items() if value is not None}
+    problems: list[str] = []
+    rows: list[Ablation] | None = None
     with _clear_errors():
-        path = locate(weights)
-        loaded = checkpoint.load(path)
-        if min(height, width) < 1:
-            raise ValueError(f"--height and --width are numbers of px, got {height} and {width}")
-    config = loaded.network.config
-    entry = catalog.CATALOG.get(weights) or catalog.find_hash(loaded.sha256)
-    train_size = loaded.train_size or (entry.train_size if entry else 256)
-    print(f"{path}\n  sha256      {loaded.sha256}")
-    print(f"  network     {config.family}, width {config.width}")
-    print(f"  blocks      encoder {config.enc_blocks}, middle {config.middle_blocks}, decoder {config.dec_blocks}")
-    print(f"  parameters  {parameters(loaded.network):,}")
-    print(f"  arithmetic  {multiply_adds(config, height, width) / 1e9:.2f} G multiply-adds at {width}x{height}")
-    print(
-        f"  memory      about {process_bytes([config], height, width) / 2**20:,.0f} MiB a process at {width}x{height}"
-    )
-    sides = ", ".join(str(side) for side in windows(config, train_size))
-    print(f"  TLC windows {sides} px by level (trained on {train_size} px crops)")
-    print(f"  catalog     {entry.name if entry else 'not in the catalog'}")
+        with _noting(problems):
+            image = _image_size(size)
+        with _noting(problems):
+            rows = _ablations(name)
+        described = _configured(given, problems) if given else None
+        if train_size is not None and not given and (name is None or (rows and len(rows) > 1)):
+            problems.append("--train-size needs one network, and this is a list: leave it out")
+        elif train_size is not None and train_size < 1:
+            problems.append(f"--train-size is a number of px, got {train_size}")
+        else:
+            with _noting(problems):  # which a network may be too deep for
+                for config in [described] if described else [row.config(data or "gopro") for row in rows or ()]:
+                    windows(config, train_size or 256)
+        if name is not None and given:
+            options = ", ".join(f"--{dial.replace('_', '-')}" for dial in given)
+            problems.append(f"{name} has a shape of its own: leave out {options}, or the name")
+        if data and (given or (name is not None and rows == [])):
+            problems.append("--data lays out the blocks of an ablation: take --enc-blocks and its kin, or leave it out")
+        if problems:
+            raise ValueError("\n        ".join(problems))
+        if described:
+            print("no checkpoint: the network that these options describe")
+            _describe(described, image, train_size or 256)
+        elif name is None:
+            _list_catalog()
+            print()
+            _list_ablations(list(ABLATIONS.values()), data or "gopro", image)
+        elif rows and len(rows) > 1:
+            _list_ablations(rows, data or "gopro", image)
+        elif rows:
+            _describe_ablation(rows[0], data or "gopro", image, train_size or 256)
+        else:
+            _describe_checkpoint(name, image, train_size)
 
 
 @app.command()
@@ -323,6 +393,145 @@ def parameters_text(config: NetConfig) -> str:
     return f"{config.family} of width {config.width}, {count:,} parameters"
 
 
+def _list_catalog() -> None:
+    print(f"{'name':<24} {'PSNR':>8} {'SSIM-3D':>8}  TLC  protocol")
+    for row in catalog.CATALOG.values():
+        scores = f"{row.psnr:8.4f} {row.ssim_3d:8.4f}" if row.psnr else f"{'-':>8} {'-':>8}"
+        print(f"{row.name:<24} {scores}  {'on ' if row.tlc else 'off'}  {row.protocol}")
+
+
+def _list_ablations(rows: list[Ablation], data: Data, image: tuple[int, int]) -> None:
+    print(f"{'ablation, ' + data + ' layout':<24} blocks  parameters   GMACs   SIDD  GoPro")
+    for row in rows:
+        count, adds = _costs(row.config(data), *image)
+        scores = f"{row.psnr_sidd:.2f}  {row.psnr_gopro:.2f}"
+        print(f"{row.name:<24} {row.blocks:>6} {count / 1e6:>9.2f} M {adds / 1e9:>7.2f}  {scores}")
+    print(f"GMACs at {image[1]}x{image[0]}; PSNR in dB as the paper prints it, of networks trained for each data set")
+
+
+def _describe_ablation(row: Ablation, data: Data, image: tuple[int, int], train_size: int) -> None:
+    print(f"{row.name}: {row.blocks} blocks in the {data} layout")
+    _describe(row.config(data), image, train_size)
+    if row.blocks != PUBLISHED_LAYOUT:
+        print("  layout      chosen here: the paper prints the number of blocks alone")
+    scores = f"{row.psnr_sidd:.2f} dB on SIDD, {row.psnr_gopro:.2f} dB on GoPro"
+    print(f"  published   {scores} (Table {row.table}, learning rate {row.learning_rate:g})")
+    if row.latency_ms:
+        print(f"  latency     {row.latency_ms:g} ms at 1280x720 as published")
+
+
+def _describe_checkpoint(name: str, image: tuple[int, int], train_size: int | None) -> None:
+    """A file; or what the catalog knows of one that is not on this machine, which is not fetched for this."""
+    from pipelines.weights import cache_folder, locate
+
+    entry = catalog.CATALOG.get(name)
+    if entry and not entry.bundled and not (cache_folder() / entry.file).is_file():
+        print(f"{name}\n  file        not at {cache_folder() / entry.file}")
+        print(f"  sha256      {entry.sha256 or 'not known'}")
+        _describe(entry.config, image, train_size or entry.train_size)
+    else:
+        path = locate(name)
+        loaded = checkpoint.load(path)
+        entry = entry or catalog.find_hash(loaded.sha256)
+        print(f"{path}\n  sha256      {loaded.sha256}")
+        known = train_size or loaded.train_size or (entry.train_size if entry else 256)
+        _describe(loaded.network.config, image, known)
+    print(f"  catalog     {entry.name if entry else 'not in the catalog'}")
+    if entry and entry.psnr:
+        tlc = "with" if entry.tlc else "without"
+        print(f"  published   {entry.psnr:.4f} dB, SSIM-3D {entry.ssim_3d:.4f} ({entry.protocol}, {tlc} TLC)")
+
+
+def _describe(config: NetConfig, image: tuple[int, int], train_size: int) -> None:
+    """What any network is, and takes for a whole image of (height, width) px."""
+    at = f"{image[1]}x{image[0]}"
+    sides = ", ".join(str(side) for side in windows(config, train_size))
+    count, adds = _costs(config, *image)
+    gate = f" (sigma {config.sigma})" if config.activation == "gate" else ""
+    print(f"  network     {config.family}, width {config.width}")
+    print(
+        f"  dials       norm {config.norm}, activation {config.activation}{gate}, attention {config.attention}", end=""
+    )
+    print(f", dw_expand {config.dw_expand}, ffn_expand {config.ffn_expand}, image_channels {config.image_channels}")
+    print(f"  blocks      encoder {config.enc_blocks}, middle {config.middle_blocks}, decoder {config.dec_blocks}")
+    print(f"  parameters  {count:,}")
+    print(f"  arithmetic  {adds / 1e9:.2f} G multiply-adds at {at}")
+    print(f"  memory      on a CPU {_memory(config, image, 'cpu')} (a process, the whole {at})")
+    print(f"              on a GPU {_memory(config, image, 'cuda')}")
+    if config.attention == "none":
+        print("  TLC windows none, there is no attention")
+    else:
+        print(f"  TLC windows {sides} px by level (trained on {train_size} px crops)")
+
+
+def _memory(config: NetConfig, image: tuple[int, int], device: str) -> str:
+    full, half = (process_bytes([config], *image, precision=p, device=device) for p in _PLANNED)
+    return f"about {full / 2**20:,.0f} MiB in float32, {half / 2**20:,.0f} MiB in bf16"
+
+
+@lru_cache
+def _costs(config: NetConfig, height: int, width: int) -> tuple[int, int]:
+    """Parameters, and what `nafnet.model.multiply_adds` counts: from the shapes, which takes a tenth of the time."""
+    with torch.device("meta"):
+        network = Network(config)
+    depth, adds = config.levels, 0
+    height, width = height + -height % config.stride, width + -width % config.stride
+    for name, conv in network.named_modules():
+        if not isinstance(conv, torch.nn.Conv2d):
+            continue
+        group, _, rest = name.partition(".")
+        i = int(rest.partition(".")[0] or 0)
+        levels = {"encoders": i, "downs": i + 1, "middle_blks": depth, "ups": depth - i, "decoders": depth - 1 - i}
+        level = levels.get(group, 0)
+        pooled = ".sca." in name or ".se." in name
+        adds += conv.weight.numel() * (1 if pooled else (height >> level) * (width >> level))
+    return parameters(network), adds
+
+
+def _configured(given: dict[str, Any], problems: list[str]) -> NetConfig | None:
+    """The network of these options; None, and why in `problems`, when there is none."""
+    fields = dict(given)
+    before = len(problems)
+    for blocks in ("enc_blocks", "dec_blocks"):
+        with _noting(problems):
+            if blocks in fields:
+                fields[blocks] = _counts(fields[blocks], f"--{blocks.replace('_', '-')}")
+    if len(problems) == before:
+        with _noting(problems):
+            return NetConfig(sigma=fields.pop("gate_sigma", "identity"), **fields)
+    return None
+
+
+def _ablations(name: str | None) -> list[Ablation]:
+    """The rows that this name, table or glob stands for; none for a checkpoint."""
+    if name is None or name in catalog.CATALOG or "://" in name or Path(name).expanduser().is_file():
+        return []
+    try:
+        return select(name)
+    except ValueError as error:
+        names = near(name, [*catalog.CATALOG, *ABLATIONS])
+        hint = f"near it are {', '.join(names)}" if names else "nafnet info lists the names"
+        path = Path(name).expanduser().absolute()
+        raise ValueError(f"no file at {path}, and no catalog entry or ablation of that name: {hint}") from error
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    """Height and width, px."""
+    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if sides is None:
+        raise ValueError(f"--size takes WIDTHxHEIGHT in px, such as 1280x720; got {text!r}")
+    return int(sides[2]), int(sides[1])
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Go on after a mistake, so that all of them are said at once."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(str(error))
+
+
 def _run_restore(job: Any) -> None:
     from pipelines.flows import INCOMPLETE
     from pipelines.flows import restore as flow
@@ -360,16 +569,23 @@ def _say_why(state: Any) -> None:
 
 
 def _dry_run(job: Any) -> None:
+    from nafnet.memory import available_bytes
+    from pipelines.containers import open_collection
+    from pipelines.engine import this_machine
     from pipelines.estimate import estimate
     from pipelines.flows import prepare
     from pipelines.manifest import plan
     from pipelines.stages import load_restorer
-    from pipelines.storage import Store
 
     prepared = prepare(job)
     todo = plan(job, prepared.recipe.hash, prepared.protocol)
-    restorer = load_restorer(prepared.weights, prepared.recipe)
-    cost = estimate(todo, Store(job.source), restorer, max_pixels=int(job.max_megapixels * 1e6))
+    memory = None
+    if job.ray_address == "local" and not job.gpus_per_actor:  # else its actors are on machines that are not seen here
+        pool, threads = this_machine().pool(job.actors, 0)
+        torch.set_num_threads(threads)
+        memory = available_bytes(share=pool.memory_share())
+    restorer = load_restorer(prepared.weights, prepared.recipe, memory=memory)
+    cost = estimate(todo, open_collection(todo.source), restorer, max_pixels=int(job.max_megapixels * 1e6))
     print(f"images     {todo.matched} match: {len(todo.pairs)} to restore, {todo.finished} finished, ", end="")
     print(f"{len(todo.decided)} that cannot be")
     print(f"recipe     {todo.recipe}, protocol {prepared.protocol}")

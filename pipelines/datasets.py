@@ -1,13 +1,146 @@
-"""Which reference belongs to which degraded image."""
+"""Where GoPro, SIDD and REDS keep degraded and sharp images, and which reference belongs to which image.
+
+A data set is read as it is distributed: what is found below a URL becomes the `source`, `reference`, `include` and
+`pair` of an ordinary job.
+"""
 
 import posixpath
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from pipelines.storage import Entry
+from pipelines.storage import Entry, StorageError, Store
+
+Partners = Callable[[str], Entry | None]
+
+IMAGES = ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.webp", "*.bmp")
 
 
-def same_key(references: Iterable[Entry]) -> Callable[[str], Entry | None]:
-    """Pair folders by relative key: the same one, else the only one that differs in its extension alone.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A data set that was found: what a job needs to read it. `layout` says in words how it is laid out."""
+
+    data: str
+    layout: str
+    source: str
+    reference: str | None
+    include: tuple[str, ...] = IMAGES
+    pair: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """One way in which a data set is distributed: relative names, with stars, that must all be there.
+
+    `source` and `reference` are relative to where it was found; `variant` is chosen by name, never by default.
+    """
+
+    words: str
+    marks: tuple[str, ...]
+    source: str
+    reference: str | None
+    include: tuple[str, ...] = IMAGES
+    pair: str | None = None
+    variant: str | None = None
+
+
+_LAYOUTS: dict[str, tuple[_Layout, ...]] = {
+    "gopro": (
+        _Layout("LMDB folders", ("input.lmdb", "target.lmdb"), "input.lmdb", "target.lmdb"),
+        _Layout("flat folders", ("input", "target"), "input", "target"),
+        _Layout("tree of sequences", ("GOPR*/blur", "GOPR*/sharp"), "", "", ("*/blur/*.png",), "blur=sharp"),
+        _Layout(
+            "tree of sequences, blur_gamma",
+            ("GOPR*/blur_gamma", "GOPR*/sharp"),
+            "",
+            "",
+            ("*/blur_gamma/*.png",),
+            "blur_gamma=sharp",
+            variant="gamma",
+        ),
+        _Layout("tar shards", ("*.tar",), "*.tar", "*.tar", ("*.input.png",), ".input.=.target."),
+    ),
+    "sidd": (
+        _Layout(
+            "MATLAB blocks",
+            ("ValidationNoisyBlocksSrgb.mat", "ValidationGtBlocksSrgb.mat"),
+            "ValidationNoisyBlocksSrgb.mat",
+            "ValidationGtBlocksSrgb.mat",
+        ),
+        _Layout("LMDB folders", ("input_crops.lmdb", "gt_crops.lmdb"), "input_crops.lmdb", "gt_crops.lmdb"),
+        _Layout(
+            "MATLAB blocks of the benchmark, without references",
+            ("BenchmarkNoisyBlocksSrgb.mat",),
+            "BenchmarkNoisyBlocksSrgb.mat",
+            None,
+            variant="benchmark",
+        ),
+    ),
+    "reds": (
+        # val-300: of each sequence's hundred frames those whose number ends in 9
+        _Layout("folders", ("val_blur_jpeg", "val_sharp"), "val_blur_jpeg", "val_sharp", ("*9.jpg",)),
+        _Layout("LMDB folders", ("blur_300.lmdb", "sharp_300.lmdb"), "blur_300.lmdb", "sharp_300.lmdb"),
+    ),
+}
+DATA_SETS = tuple(_LAYOUTS)
+_BELOW = ("", "test", "val")  # where the scored part may lie
+
+
+def find(data: str, url: str, *, variant: str | None = None) -> Found:
+    """Find the scored part of data set `data` (of `DATA_SETS`) at or just below `url`.
+
+    `variant` asks for what is not the usual one: "gamma" for GoPro's other blur, "benchmark" for SIDD's blocks
+    without references.
+
+    Raises:
+        StorageError: nothing at `url` looks like it; says what was looked for and what is there.
+    """
+    store = Store(url)
+    if not store.fs.isdir(store.root):
+        raise StorageError(f"no folder at {store.url()}: check the path, the bucket and the credentials")
+    choices = [layout for layout in _LAYOUTS[data] if layout.variant == variant]
+    if not choices:
+        known = [layout.variant for layout in _LAYOUTS[data] if layout.variant]
+        raise ValueError(f"{data} has no variant {variant!r}" + (f": there is {', '.join(known)}" if known else ""))
+    for below in _BELOW:
+        for layout in choices:
+            if all(_there(store, posixpath.join(below, mark)) for mark in layout.marks):
+                names = (layout.source, layout.reference)
+                source, reference = (None if name is None else _url(store, below, name) for name in names)
+                return Found(data, layout.words, source or "", reference, layout.include, layout.pair)
+    looked = "; ".join(f"{layout.words} ({', '.join(layout.marks)})" for layout in choices)
+    there = sorted(posixpath.basename(str(path).rstrip("/")) for path in store.fs.ls(store.root, detail=False))
+    listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+    other = next((name for name in DATA_SETS if name != data and _is(name, store)), None)
+    raise StorageError(
+        f"no {data} data set at {store.url()}, nor in its test/ or val/. Looked for {looked}. There is: "
+        f"{listed or 'nothing'}" + (f". That looks like {other}" if other else "")
+    )
+
+
+def _is(data: str, store: Store) -> bool:
+    return any(
+        all(_there(store, posixpath.join(below, mark)) for mark in layout.marks)
+        for below in _BELOW
+        for layout in _LAYOUTS[data]
+    )
+
+
+def _there(store: Store, pattern: str) -> bool:
+    path = f"{store.root}/{pattern}"
+    return bool(store.fs.glob(path)) if "*" in pattern else bool(store.fs.exists(path))
+
+
+def _url(store: Store, *parts: str) -> str:
+    tail = posixpath.join(*parts).strip("/")
+    return f"{store.url()}/{tail}" if tail else store.url()
+
+
+def partners(references: Iterable[Entry], rule: str | None = None) -> Partners:
+    """Pair by relative key: the same one, else the only one that differs in its extension alone.
+
+    With a rule `old=new` the reference's key is the image's with the folder `old` called `new`, or where no folder of
+    the key is called so, with that part of its last name replaced; a key without `old` has no reference.
 
     Returns a function from a degraded image's key to its reference's entry, or None when there is none (or several).
     """
@@ -18,7 +151,29 @@ def same_key(references: Iterable[Entry]) -> Callable[[str], Entry | None]:
         stem = posixpath.splitext(entry.key)[0]
         by_stem[stem] = entry if stem not in by_stem else None  # two candidates: neither is certain
 
-    def find(key: str) -> Entry | None:
-        return by_key.get(key) or by_stem.get(posixpath.splitext(key)[0])
+    def partner(key: str) -> Entry | None:
+        named = key if rule is None else reference_key(key, rule)
+        if named is None:
+            return None
+        return by_key.get(named) or by_stem.get(posixpath.splitext(named)[0])
 
-    return find
+    return partner
+
+
+def reference_key(key: str, rule: str) -> str | None:
+    """The key of the reference under a rule `old=new`; None for a key that the rule does not fit."""
+    old, _, new = rule.partition("=")
+    *folders, name = key.split("/")
+    if old in folders:
+        renamed = [new if folder == old else folder for folder in folders]
+        return "/".join([*(folder for folder in renamed if folder), name])
+    if old in name:
+        return "/".join([*folders, name.replace(old, new)])
+    return None
+
+
+def matches(key: str, globs: Iterable[str]) -> bool:
+    """Whether one of the globs fits the whole key or its last part, without regard to upper and lower case."""
+    lower = key.lower()
+    name = lower.rpartition("/")[2]
+    return any(fnmatchcase(lower, glob.lower()) or fnmatchcase(name, glob.lower()) for glob in globs)

@@ -57,6 +57,10 @@ class Pool:
     cpus: float
     gpus: float
 
+    def memory_share(self, nodes: int = 1) -> float:
+        """What one actor may use of its machine's memory, or of its GPU's."""
+        return min(1.0, self.gpus) if self.gpus else 1 / -(-self.actors // nodes)
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -96,6 +100,12 @@ class Cluster:
         share = (self.cpus - 1) / actors if self.cpus > 1 else 0
         whole = min(int(share), most, max(1, self.node_cpus - 1))
         return float(whole) if whole else max(_LEAST_SHARE, int(share * 10) / 10)
+
+
+def this_machine() -> Cluster:
+    """What a Ray started here by `connect` would offer, without starting it; GPUs are left out."""
+    cpus = os.cpu_count() or 1
+    return Cluster(cpus=cpus, node_cpus=cpus, gpus=0, nodes=1, version=ray.__version__)
 
 
 @contextmanager
@@ -155,9 +165,7 @@ def run(
     """
     with connect(placement.address, verbose=verbose) as cluster:
         pool, threads = cluster.pool(placement.actors, placement.gpus_per_actor)
-        on_a_node = -(-pool.actors // cluster.nodes)
-        share = 1 / on_a_node if pool.gpus == 0 else min(1.0, pool.gpus)
-        work = replace(work, threads=threads, memory_share=share)
+        work = replace(work, threads=threads, memory_share=pool.memory_share(cluster.nodes))
         remaining = _pass(pairs, work, pool, _blocks(pairs), on_rows)
     if len(remaining):
         logger.warning("%d images were lost with their process or to an error; trying each alone", len(remaining))

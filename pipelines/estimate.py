@@ -7,8 +7,8 @@ import numpy as np
 
 from nafnet.images import RefusedImage, UnreadableImage, decode
 from nafnet.restore import Restorer
+from pipelines.containers import Collection
 from pipelines.manifest import Plan
-from pipelines.storage import Store
 
 _SAMPLE = 16  # images opened to learn their sizes
 _PROBE_PX = 256
@@ -27,7 +27,7 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: Plan, source: Store, restorer: Restorer, *, max_pixels: int) -> Estimate:
+def estimate(plan: Plan, source: Collection, restorer: Restorer, *, max_pixels: int) -> Estimate:
     """Open a few images spread over the plan, time the network on a small one, and extrapolate."""
     keys = plan.pairs["key"].to_pylist()
     sizes = []

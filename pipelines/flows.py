@@ -36,11 +36,12 @@ from nafnet.conventions import Convention, ProfileName, ProtocolName
 from nafnet.recipe import Precision, Recipe, Tile
 from nafnet.restore import Restorer, settle
 from pipelines import engine, manifest, report, report_html, report_sheet
+from pipelines.datasets import IMAGES
 from pipelines.manifest import Plan
 from pipelines.parts import PartWriter
 from pipelines.progress import Progress
 from pipelines.records import Status
-from pipelines.settings import IMAGE_GLOBS, RestoreJob
+from pipelines.settings import RestoreJob
 from pipelines.stages import Work
 from pipelines.storage import Store
 from pipelines.weights import locate
@@ -110,6 +111,7 @@ def restore(
     source: str,
     output: str,
     reference: str | None = None,
+    pair: str | None = None,
     checkpoint: str | tuple[str, ...] = "demo",
     tlc: bool | None = None,
     train_size: int | None = None,
@@ -130,7 +132,7 @@ def restore(
     actors: int | None = None,
     gpus_per_actor: float = 0,
     ray_address: str = "local",
-    include: tuple[str, ...] = IMAGE_GLOBS,
+    include: tuple[str, ...] = IMAGES,
     exclude: tuple[str, ...] = (),
     limit: int | None = None,
     max_failed: int = 0,
@@ -187,8 +189,8 @@ def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
     job = prepared.job
     verbose = logger.isEnabledFor(logging.DEBUG)
     work = Work(
-        source=job.source,
-        reference=job.reference,
+        source=plan.source,
+        reference=plan.reference,
         output=job.output,
         weights=prepared.weights,
         recipe=prepared.recipe,

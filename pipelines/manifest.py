@@ -1,15 +1,16 @@
 """What there is to do: list the source once, pair it, drop what an earlier run finished, write manifest parts."""
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 
 import pyarrow as pa
 
 from nafnet.images import extension
-from pipelines.datasets import same_key
+from pipelines.containers import Collection, open_collection
+from pipelines.datasets import Partners, matches, partners
+from pipelines.listing import is_listing, read_listing
 from pipelines.parts import write_parquet
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Pair, ReportRow, Status
 from pipelines.report import read_rows
@@ -29,6 +30,7 @@ class Plan:
         decided: rows of the inputs whose end is known without opening them (`REPORT_SCHEMA`).
         keys: of all inputs that the job selects; `finished` of them need nothing more.
         recipe: hash of the recipe that the pairs are to be restored under.
+        source, reference: the collections that the pairs' keys and references lie in.
     """
 
     pairs: pa.Table
@@ -36,6 +38,8 @@ class Plan:
     keys: pa.Array
     finished: int
     recipe: str
+    source: str
+    reference: str | None
 
     @property
     def matched(self) -> int:
@@ -52,16 +56,15 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
     Raises:
         StorageError: a location cannot be listed, or nothing in the source matches.
     """
-    source, output = Store(job.source), Store(job.output)
-    entries = list(_select(source.list(), job))
+    output = Store(job.output)
+    source, listed, reference, find = _open(job)
+    entries = list(_select(listed, job))
     if not entries:
         raise StorageError(
             f"no file below {source.url()} matches {', '.join(job.include)}"
             + (f" without {', '.join(job.exclude)}" if job.exclude else "")
             + ": check the folder and --include"
         )
-    reference = Store(job.reference) if job.reference else None
-    find = same_key(reference.list()) if reference else None
     finished = _finished(output, recipe, protocol, restored_only=job.retry_failed)
     pairs, decided, skipped = list[Pair](), list[ReportRow](), 0
     partners = [find(entry.key) if find else None for entry in entries]
@@ -96,7 +99,9 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
             decided.append(_decide(entry, fingerprint, recipe, Status.REFUSED, str(error), source.url()))
             continue
         if reference and not partner:
-            reason = f"no reference: looked for {entry.key} (or its name with another extension) in {reference.url()}"
+            rule = f" under the rule {job.pair}" if job.pair else ""
+            where = f"{reference.url()}{rule}"
+            reason = f"no reference: looked for {entry.key} (or its name with another extension) in {where}"
             decided.append(_decide(entry, fingerprint, recipe, Status.MISSING, reason, pair.source))
             continue
         pairs.append(pair)
@@ -106,7 +111,25 @@ def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
         keys=pa.array([readable(entry.key) for entry in entries], pa.string()),
         finished=skipped,
         recipe=recipe,
+        source=source.url(),
+        reference=reference.url() if reference else None,
     )
+
+
+def _open(job: RestoreJob) -> tuple[Collection, Iterable[Entry], Collection | None, Partners | None]:
+    """The source with its entries, and the reference with the way to find an entry's partner in it."""
+    if is_listing(job.source):
+        listing = read_listing(job.source)
+        reference = listing.reference and open_collection(listing.reference)
+        return open_collection(listing.source), listing.entries, reference or None, listing.partner
+    source = open_collection(job.source)
+    if job.reference is None:
+        return source, source.list(), None, None
+    reference = open_collection(job.reference)
+    if job.reference == job.source:  # listed once
+        entries = list(source.list())
+        return source, entries, reference, partners(entries, job.pair)
+    return source, source.list(), reference, partners(reference.list(), job.pair)
 
 
 def written_as(key: str, image_format: str) -> str:
@@ -125,7 +148,7 @@ def write_parts(plan: Plan, output: Store) -> None:
         write_parquet(output, f"manifest/{run}-{i:05d}.parquet", plan.pairs.slice(start, _PART_ROWS))
 
 
-def _select(entries: Iterator[Entry], job: RestoreJob) -> Iterator[Entry]:
+def _select(entries: Iterable[Entry], job: RestoreJob) -> Iterator[Entry]:
     """Globs match the whole key or its last part, without regard to upper and lower case."""
     chosen = 0
     for entry in entries:
@@ -134,13 +157,6 @@ def _select(entries: Iterator[Entry], job: RestoreJob) -> Iterator[Entry]:
         if matches(entry.key, job.include) and not matches(entry.key, job.exclude):
             chosen += 1
             yield entry
-
-
-def matches(key: str, globs: Sequence[str]) -> bool:
-    """Whether one of the globs fits the whole key or its last part, without regard to upper and lower case."""
-    lower = key.lower()
-    name = lower.rpartition("/")[2]
-    return any(fnmatchcase(lower, glob.lower()) or fnmatchcase(name, glob.lower()) for glob in globs)
 
 
 def _finished(output: Store, recipe: str, protocol: str, *, restored_only: bool) -> dict[tuple[str, str], str]:

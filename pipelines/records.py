@@ -51,7 +51,8 @@ class ReportRow:
     `protocol` names the convention they are all under, such as `gopro` or `gopro+basicsr+y+crop4` (see
     `nafnet.conventions.Convention`); one whose SSIM is 2-D leaves `ssim_3d` None. `seconds` is the time in the
     network alone. `tile` is the side in px of the `tiles` that the image went through, None when it went whole;
-    `precision` is that of the network after any fallback, and `note` says what went otherwise than asked.
+    `precision` is that of the network after any fallback, and `note` says what went otherwise than asked. `digest`
+    is that of the written pixels, the same in every format that keeps them (`stages.digest`).
     """
 
     key: str
@@ -80,6 +81,7 @@ class ReportRow:
     tile: int | None = None
     precision: str | None = None
     note: str | None = None
+    digest: str | None = None
     reference: str | None = None
     output: str | None = None
     worker: str | None = None  # host and process id
@@ -108,6 +110,7 @@ REPORT_SCHEMA = pa.schema(
         pa.field("tile", pa.int32()),
         pa.field("precision", pa.string()),
         pa.field("note", pa.string()),
+        pa.field("digest", pa.string()),
         pa.field("recipe", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("reference", pa.string()),

@@ -57,6 +57,9 @@ def _read_part(store: Store, key: str, recipe: str | None) -> pa.Table:
     data = store.read(key)
     try:
         part = pq.read_table(pa.BufferReader(data))
+        for field in REPORT_SCHEMA:  # of an earlier version, which had fewer columns
+            if field.nullable and field.name not in part.column_names:
+                part = part.append_column(field, pa.nulls(len(part), field.type))
         part = part.select(REPORT_SCHEMA.names).cast(REPORT_SCHEMA)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ReportError(

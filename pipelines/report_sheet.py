@@ -16,8 +16,9 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
 from nafnet.images import decode
+from pipelines.containers import open_item
 from pipelines.report import decibels, extremes, gains, megapixels, restored_only
-from pipelines.storage import StorageError, open_url
+from pipelines.storage import StorageError
 
 Pixels = npt.NDArray[Any]
 
@@ -105,7 +106,7 @@ def _load(url: str | None, size: float) -> tuple[Pixels | None, str]:
     if url is None:
         return None, "not shown: the report names no file"
     try:
-        store, name = open_url(url)
+        store, name = open_item(url)
         return decode(store.read(name), max_pixels=MAX_MEGAPIXELS * 1_000_000).pixels, ""
     except FileNotFoundError:
         return None, "not shown: the file is gone"

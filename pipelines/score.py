@@ -9,10 +9,9 @@ from multiprocessing import get_context
 from nafnet.conventions import Convention
 from nafnet.images import RefusedImage, UnreadableImage, decode
 from nafnet.metrics import Scores, score
-from pipelines.datasets import same_key
-from pipelines.manifest import matches
-from pipelines.settings import IMAGE_GLOBS
-from pipelines.storage import StorageError, Store
+from pipelines.containers import open_collection
+from pipelines.datasets import IMAGES, matches, partners
+from pipelines.storage import StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +29,12 @@ def score_folders(restored: str, reference: str, convention: Convention) -> Iter
     Raises:
         StorageError: a folder is not there or is empty.
     """
-    images, references = Store(restored), Store(reference)
-    find = same_key(references.list())
+    images, references = open_collection(restored), open_collection(reference)
+    find = partners(references.list())
     jobs = [
         (entry.key, partner.key if (partner := find(entry.key)) else None)
         for entry in images.list()
-        if matches(entry.key, IMAGE_GLOBS)
+        if matches(entry.key, IMAGES)
     ]
     if not jobs:
         raise StorageError(f"nothing to score in {images.url()}")
@@ -48,8 +47,8 @@ def _score_one(restored: str, reference: str, convention: Convention, job: tuple
     if partner is None:
         return Scored(key, None, f"no reference of that name in {reference}")
     try:
-        image = decode(Store(restored).read(key)).pixels
-        original = decode(Store(reference).read(partner)).pixels
+        image = decode(open_collection(restored).read(key)).pixels
+        original = decode(open_collection(reference).read(partner)).pixels
         return Scored(key, score(image, original, convention))
     except (UnreadableImage, RefusedImage, ValueError) as error:
         return Scored(key, None, str(error))

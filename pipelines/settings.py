@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from nafnet.conventions import PROFILES, ProfileName, ProtocolName, no_variant
 from nafnet.images import check_output
-
-IMAGE_GLOBS = ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.webp", "*.bmp")
+from pipelines.datasets import IMAGES
 
 
 class RestoreJob(BaseModel):
@@ -24,6 +23,14 @@ class RestoreJob(BaseModel):
     reference: Annotated[
         str | None,
         Field(description="Folder or prefix of sharp originals with the same relative names, to score against"),
+    ] = None
+    pair: Annotated[
+        str | None,
+        Field(
+            pattern="^[^=]+=[^=]*$",
+            description="How a reference is named, as 'blur=sharp': that folder of the key, else that part of the "
+            "file's name, is replaced",
+        ),
     ] = None
     checkpoint: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
@@ -89,7 +96,7 @@ class RestoreJob(BaseModel):
         str,
         Field(min_length=1, description="'local' starts Ray for this run; 'auto' or host:port joins a cluster"),
     ] = "local"
-    include: Annotated[tuple[str, ...], Field(min_length=1, description="Globs of the keys to restore")] = IMAGE_GLOBS
+    include: Annotated[tuple[str, ...], Field(min_length=1, description="Globs of the keys to restore")] = IMAGES
     exclude: Annotated[tuple[str, ...], Field(description="Globs of the keys to leave out")] = ()
     limit: Annotated[int | None, Field(ge=1, description="Only the first so many keys, in order of their names")] = None
     max_failed: Annotated[int, Field(ge=0, description="How many images may fail before the run ends red")] = 0
@@ -155,8 +162,8 @@ class RestoreJob(BaseModel):
             problems.append(f"source {self.source} lies inside output {self.output}")
         if self.reference is not None and _inside(self.output, self.reference):
             problems.append(f"output {self.output} lies inside reference {self.reference}")
-        if self.reference == self.source:
-            problems.append("reference and source are the same place")
+        if self.reference == self.source and self.pair is None:
+            problems.append("reference and source are the same place: say with pair how references are named there")
         if self.deterministic and self.tile == "auto":
             problems.append("deterministic needs a tile of so many px or 'whole': auto goes by the memory at hand")
         if self.format != "same":

@@ -5,6 +5,7 @@ status. Bad images become a status and a reason; anything else that goes wrong (
 raised, unless the work is contained (see `Work`).
 """
 
+import hashlib
 import os
 import socket
 import time
@@ -27,6 +28,7 @@ from nafnet.memory import available_bytes
 from nafnet.metrics import Scores, quantize, score
 from nafnet.recipe import Recipe
 from nafnet.restore import Restored, Restorer, to_float
+from pipelines.containers import Collection, open_collection
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, ReportRow, Status
 from pipelines.storage import Store, UnsafeKey
 from pipelines.weights import locate
@@ -104,7 +106,7 @@ def fetch(batch: pa.Table, work: Work) -> pa.Table:
 def _fetch_one(row: Row, work: Work) -> Row:
     started = time.perf_counter()
     try:
-        picture = _read(work.source, row["key"], work.max_pixels)
+        picture = _read(open_collection(work.source), row["key"], work.max_pixels)
     except FileNotFoundError:
         return _end(row, Status.MISSING, "listed, but gone when it was to be read: run again to list anew")
     except UnreadableImage as error:
@@ -202,8 +204,9 @@ def _finish_one(row: Row, work: Work) -> ReportRow:
     if row["status"] is None:
         try:
             scores = _score_one(row, work)
-            output = Store(work.output)
-            output.write(output.key(row["output"]), _encode(row, work))
+            output, picture = Store(work.output), _picture(row, work)
+            output.write(output.key(row["output"]), _encode(picture, work))
+            row["digest"] = digest(picture.pixels)
             row["status"] = Status.SUSPECT if row["suspect"] else Status.RESTORED
             row["reason"] = row["suspect"]
         except _Mismatch as error:
@@ -219,6 +222,7 @@ def _finish_one(row: Row, work: Work) -> ReportRow:
         recipe=work.recipe.hash,
         seconds=row["seconds"],
         **{name: row[name] for name in ("tiles", "tile", "precision", "note")},
+        digest=row.get("digest"),
         output=row["output"] if written else None,
         finish_seconds=time.perf_counter() - started if written else None,
         finished_at=datetime.now(UTC),
@@ -238,7 +242,8 @@ def _score_one(row: Row, work: Work) -> dict[str, Any]:
     if row["reference"] is None or work.reference is None:
         return {}
     try:
-        reference = _read(work.reference, Store(work.reference).key(row["reference"]), work.max_pixels).pixels
+        references = open_collection(work.reference)
+        reference = _read(references, references.key(row["reference"]), work.max_pixels).pixels
     except FileNotFoundError as error:
         raise _Mismatch(Status.MISSING, f"its reference {row['reference']} is gone") from error
     except (UnreadableImage, RefusedImage) as error:
@@ -262,13 +267,25 @@ def _columns(scores: Scores, suffix: str) -> dict[str, float | None]:
     return {f"{name}{suffix}": value for name, value in asdict(scores).items()}
 
 
-def _encode(row: Row, work: Work) -> bytes:
-    """The restored image as the recipe has it written. Raises _Mismatch when that is not possible."""
+def digest(pixels: npt.NDArray[Any]) -> str:
+    """16 hex digits that differ when the shape (H, W, C), the dtype or any value differs."""
+    content = hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode())
+    content.update(np.ascontiguousarray(pixels).data)
+    return content.hexdigest()[:16]
+
+
+def _picture(row: Row, work: Work) -> Picture:
+    """The restored image at the depth it is written in."""
     restored = quantize(_pixels(row, "restored", row["restored_dtype"]), _written_dtype(row, work))
+    return Picture(restored, _written_format(row, work), row["icc"], row["exif"])
+
+
+def _encode(picture: Picture, work: Work) -> bytes:
+    """The image file. Raises _Mismatch when the format cannot hold it."""
     recipe = work.recipe
     try:
         return encode(
-            Picture(restored, _written_format(row, work), row["icc"], row["exif"]),
+            picture,
             quality=recipe.quality,
             subsampling=recipe.subsampling,
             note=f"nafnet-pipelines {nafnet.__version__}: recipe {recipe.hash}, weights {recipe.weights}",
@@ -289,8 +306,8 @@ def _written_dtype(row: Row, work: Work) -> str:
     return next(name for name in (dtype, "uint16", "uint8") if holds_depth(chosen, np.dtype(name).itemsize * 8))
 
 
-def _read(prefix: str, key: str, max_pixels: int) -> Picture:
-    return decode(Store(prefix).read(key), max_pixels=max_pixels)
+def _read(collection: Collection, key: str, max_pixels: int) -> Picture:
+    return decode(collection.read(key), max_pixels=max_pixels)
 
 
 def _rows(batch: pa.Table) -> Iterable[Row]:

@@ -7,9 +7,10 @@ import os
 import posixpath
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -100,9 +101,27 @@ class Store:
         """Whether `key` is there."""
         return bool(self.fs.exists(self._path(key)))
 
-    def read(self, key: str) -> bytes:
-        """The whole content of `key`. Raises FileNotFoundError when it is not there."""
-        return bytes(self.fs.cat_file(self._path(key)))
+    def entry(self, key: str) -> Entry | None:
+        """`key` as `list` would give it, None when it is not there."""
+        path = self._path(key)
+        try:
+            info = self.fs.info(path)
+        except FileNotFoundError:
+            return None
+        if self.is_local:  # as the listing does, which needs nanoseconds
+            info = {"size": info["size"], "mtime": Path(path).stat().st_mtime_ns}
+        return Entry(key, int(info["size"]), _fingerprint(info))
+
+    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """The content of `key`, or its bytes from `start` to `stop`. Raises FileNotFoundError when it is not there."""
+        return bytes(self.fs.cat_file(self._path(key), start=start, end=stop))
+
+    def open(self, key: str, *, block_bytes: int | None = None) -> AbstractContextManager[BinaryIO]:
+        """`key` for reading and seeking, fetched by `block_bytes`. 0 asks for all in one stream that cannot seek.
+
+        An HTTP server without ranges serves the latter only: reading on elsewhere is a ValueError there.
+        """
+        return cast("AbstractContextManager[BinaryIO]", self.fs.open(self._path(key), "rb", block_size=block_bytes))
 
     def write(self, key: str, data: bytes) -> None:
         """Write `data` to `key`. A reader sees the old content or the new, never a part."""

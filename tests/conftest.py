@@ -10,6 +10,8 @@ import torch
 
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of the processes that share the tests keeps to one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Threads of torch that wait for one another spin: on a core that someone else wants, ten times as long as they compute.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

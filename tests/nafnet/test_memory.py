@@ -79,6 +79,34 @@ def test_only_memory_counts_as_out_of_memory():
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
+# Restores an image that needs more memory than the process may have: argv is that in bytes, above what it holds.
+_SHORT = """
+import resource, sys
+import numpy as np, torch
+from nafnet import NetConfig, Network, Recipe, Restorer, Step
+torch.set_num_threads(1)
+torch.manual_seed(0)
+network = Network(NetConfig(width=16, enc_blocks=(1,), middle_blocks=1, dec_blocks=(1,))).eval()
+restorer = Restorer([network], Recipe((Step("w", train_size=32),), halo=32), memory=2**60)
+image = np.random.default_rng(0).integers(0, 256, (2000, 1800, 3), np.uint8)
+restorer(image[:600, :600])
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[1]),) * 2)
+restored = restorer.restore(image)
+print(restored.tile, restored.note, restored.suspect, sep="|")
+"""
+
+
+@pytest.mark.parametrize(
+    ("spare", "said"),
+    [(3 * 10**9, "None|None|None"), (4 * 10**8, "1024|out of memory with tiles of 1536 px|None")],
+    ids=["enough", "short"],
+)
+def test_memory_that_runs_out_means_smaller_tiles(spare, said):
+    run = subprocess.run([sys.executable, "-c", _SHORT, str(spare)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == said
+
+
 def test_a_large_image_stays_within_what_it_may_use():
     """Scaled down from 100 megapixels: auto takes tiles where the whole image would need more."""
     memory = 1_100_000_000

@@ -456,6 +456,17 @@ def test_low_precision_stays_close(precision, decibels, low_precision, monkeypat
     assert decibels < agreement(close.pixels, restorer_of()(image)) < 100
 
 
+def test_bf16_costs_a_photograph_nothing(low_precision):
+    """Against float32 with the bundled weights; by the guard's own measure they agree too."""
+    photo = photographs()["motorcycle_left"][100:420, 200:520]
+    noisy = metrics.quantize(gaussian_noise(to_float(photo), 25 / 255, np.random.default_rng(0)), np.uint8)
+    exact, close = (Restorer.load("demo", precision=name).restore(noisy) for name in ("float32", "bf16"))
+    assert (close.precision, close.note) == ("bf16", None)
+    scores = [metrics.psnr(restored.pixels, photo, data_range=255) for restored in (exact, close)]
+    assert scores[0] > 27
+    assert scores[1] == pytest.approx(scores[0], abs=0.01)
+
+
 # Loading
 
 

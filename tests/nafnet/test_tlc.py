@@ -1,5 +1,7 @@
 """Local means against windows averaged one by one, and what `localize` does to a network."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,7 +66,7 @@ def test_windows_halve_from_one_and_a_half_crops(train_size, levels):
     sides = windows(NetConfig(width=4, enc_blocks=(1,) * levels, dec_blocks=(1,) * levels), train_size)
     assert sides == tuple(reference.window(train_size, level) for level in range(levels + 1))
     assert sides[0] == int(1.5 * train_size)
-    assert all(0 <= upper - 2 * lower <= 3 for upper, lower in zip(sides, sides[1:], strict=False))
+    assert all(0 <= upper - 2 * lower <= 3 for upper, lower in itertools.pairwise(sides))
 
 
 def test_the_reference_averages_the_same_windows():

@@ -114,6 +114,9 @@ def test_dry_run_writes_nothing(tmp_path: Path, checkpoint_file: Path) -> None:
     assert re.search(r"memory     about \d+\.\d GiB an actor", done.stdout)
     assert re.search(r"time       about \d+ s", done.stdout)
     assert not (tmp_path / "out").exists()
+    crowded = nafnet(*words, checkpoint_file, "--actors", "1000")
+    assert crowded.returncode == 2
+    assert "1000 actors asked for, the cluster has" in crowded.stderr
 
 
 @pytest.mark.parametrize(

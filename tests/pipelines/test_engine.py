@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster as RayCluster
 from nafnet.images import Picture, encode
 from nafnet.restore import Restorer
 from pipelines import engine
-from pipelines.engine import Cluster, Placement, Pool
+from pipelines.engine import Cluster, Placement, Pool, this_machine
 from pipelines.manifest import plan
 from pipelines.settings import RestoreJob
 from pipelines.stages import RestoreActor, Work, fetch
@@ -149,6 +149,14 @@ def test_a_pool_that_would_wait_for_ever_is_refused() -> None:
 def test_an_actor_fits_on_one_node() -> None:
     pool, threads = Cluster(cpus=16, node_cpus=8, gpus=0, nodes=2, version="").pool(1, 0)
     assert (pool.cpus, threads) == (7, 8)
+
+
+def test_actors_share_the_memory_of_their_node() -> None:
+    assert this_machine().pool(1, 0)[0].memory_share() == 1
+    assert Pool(3, 1, 0).memory_share() == pytest.approx(1 / 3)
+    assert Pool(3, 1, 0).memory_share(nodes=2) == 0.5
+    assert Pool(8, 1, 0.5).memory_share(nodes=4) == 0.5  # of its GPU's
+    assert Pool(2, 1, 2).memory_share() == 1
 
 
 def test_a_job_that_can_process_nothing_raises_what_it_met(tmp_path: Path, checkpoint_file: Path) -> None:
