@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from nafnet.images import Picture, encode, read_note
+from nafnet.memory import process_bytes
+from nafnet.model import NetConfig, Network, multiply_adds, parameters
 from nafnet.restore import Restorer
+from pipelines.cli import app, parameters_text
 
 NAFNET = Path(sys.executable).with_name("nafnet")
 
@@ -162,7 +166,122 @@ def test_info_tells_what_a_file_holds(checkpoint_file: Path) -> None:
     assert "NAFNet, width 8" in done.stdout
     assert "encoder (1, 1, 1, 4), middle 1, decoder (1, 1, 1, 1)" in done.stdout
     assert "TLC windows 384, 192, 96, 48, 24 px by level" in done.stdout
-    assert "NAFNet-GoPro-width64      33.7103   0.9668  on   gopro" in nafnet("info").stdout
+    assert "catalog     not in the catalog" in done.stdout
+
+
+def info(*words: str) -> str:
+    """What `nafnet info` prints, in this process: it loads nothing that could be in the way."""
+    done = CliRunner().invoke(app, ["info", *words])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_info_alone_lists_the_catalog_and_the_ablations() -> None:
+    lines = info().splitlines()
+    assert "NAFNet-GoPro-width64      33.7103   0.9668  on   gopro" in lines
+    assert "table1/plainnet              36     14.77 M   15.82  39.29  28.51" in lines
+    assert "table3/72-blocks             72     33.93 M   30.62  39.95  32.88" in lines
+    assert lines[-1].startswith("GMACs at 256x256; PSNR in dB")
+    table = info("table2", "--data", "sidd", "--size", "256x250").splitlines()  # padded to 256x256
+    assert table[0].startswith("ablation, sidd layout ")
+    assert table[1:5] == [
+        "table2/baseline              36     29.06 M   15.87  39.85  32.35",
+        "table2/baseline+sg           36     29.16 M   16.05  39.93  32.76",
+        "table2/baseline+sca          36     29.05 M   15.87  39.95  32.54",
+        "table2/nafnet                36     29.16 M   16.05  39.96  32.85",
+    ]
+
+
+def test_info_of_an_ablation() -> None:
+    said = info("table1/plainnet")
+    assert said.startswith("table1/plainnet: 36 blocks in the gopro layout\n  network     PlainNet, width 32\n")
+    assert "  TLC windows none, there is no attention\n" in said
+    assert "  published   39.29 dB on SIDD, 28.51 dB on GoPro (Table 1, learning rate 0.0001)\n" in said
+    assert "layout " not in said.partition("\n")[2]
+    said = info("table3/18-blocks", "--data", "sidd", "--train-size", "128")
+    assert "  blocks      encoder (1, 1, 2, 4), middle 6, decoder (1, 1, 1, 1)\n" in said
+    assert "  TLC windows 192, 96, 48, 24, 12 px by level (trained on 128 px crops)\n" in said
+    assert "  layout      chosen here: the paper prints the number of blocks alone\n" in said
+    assert "  latency     151.7 ms at 1280x720 as published\n" in said
+    assert "(sigma silu)" in info("table5/silu")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gmacs", "published"),
+    [
+        ("NAFNet-SIDD-width64", "115,982,915", "63.24", "40.3045 dB, SSIM-3D 0.9614 (sidd, without TLC)"),
+        ("Baseline-GoPro-width64", "112,036,291", "82.41", "33.3960 dB, SSIM-3D 0.9649 (gopro, with TLC)"),
+    ],
+)
+def test_info_of_a_published_file_that_is_not_here(
+    name: str, parameters: str, gmacs: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAFNET_CACHE", str(tmp_path))
+    said = info(name)
+    assert f"  file        not at {tmp_path}/{name}.pth\n" in said
+    assert f"  parameters  {parameters}\n  arithmetic  {gmacs} G multiply-adds at 256x256\n" in said
+    assert f"  published   {published}\n" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_info_of_any_network_that_train_could_make() -> None:
+    said = info("--activation", "gelu", "--attention", "ca", "--dw-expand", "1")
+    assert "  network     Baseline, width 32\n" in said
+    assert "  parameters  17,023,875\n  arithmetic  15.82 G multiply-adds at 256x256\n" in said
+    shape = ["--width", "4", "--enc-blocks", "1,2", "--dec-blocks", "2,1", "--gate-sigma", "relu", "--norm", "none"]
+    said = info(*shape, "--size", "270x190")
+    config = NetConfig(width=4, enc_blocks=(1, 2), dec_blocks=(2, 1), sigma="relu", norm="none")
+    assert f"  network     {parameters_text(config).partition(' of ')[0]}, width 4\n" in said
+    assert "  blocks      encoder (1, 2), middle 1, decoder (2, 1)\n" in said
+    assert f"  parameters  {parameters(Network(config)):,}\n" in said
+    assert f"  arithmetic  {multiply_adds(config, 190, 270) / 1e9:.2f} G multiply-adds at 270x190\n" in said
+    for where, device in (("on a CPU", "cpu"), ("on a GPU", "cuda")):
+        full = process_bytes([config], 190, 270, device=device) / 2**20
+        half = process_bytes([config], 190, 270, device=device, precision="bf16") / 2**20
+        assert f"{where} about {full:,.0f} MiB in float32, {half:,.0f} MiB in bf16" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "demo --width 4 --gate-sigma relu --data sidd --size 3x --train-size 0",
+            [
+                "nafnet: --size takes WIDTHxHEIGHT in px, such as 1280x720; got '3x'",
+                "--train-size is a number of px, got 0",
+                "demo has a shape of its own: leave out --width, --gate-sigma, or the name",
+                "--data lays out the blocks of an ablation: take --enc-blocks and its kin, or leave it out",
+            ],
+        ),
+        (
+            "--enc-blocks x --dec-blocks 1,y --size 0x5",
+            [
+                "nafnet: --size takes WIDTHxHEIGHT in px, such as 1280x720; got '0x5'",
+                "--enc-blocks takes numbers with commas between, such as 1,1,1,28; got 'x'",
+                "--dec-blocks takes numbers with commas between, such as 1,1,1,28; got '1,y'",
+            ],
+        ),
+        (
+            "--activation relu --gate-sigma silu",
+            ["nafnet: sigma='silu' acts inside the gate, but activation is 'relu'"],
+        ),
+        ("table3 --train-size 96", ["nafnet: --train-size needs one network, and this is a list: leave it out"]),
+        ("table1/baseline --train-size 9", ["nafnet: train_size 9 is too small for a network of 4 levels"]),
+        (
+            "sigmoyd --width 8",
+            [
+                f"nafnet: no file at {Path('sigmoyd').absolute()}, and no catalog entry or ablation of that name: "
+                "near it are table5/sigmoid",
+                "sigmoyd has a shape of its own: leave out --width, or the name",
+            ],
+        ),
+    ],
+)
+def test_info_says_all_mistakes_at_once(words: str, said: list[str]) -> None:
+    done = CliRunner().invoke(app, ["info", *words.split()])
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert [line.strip() for line in done.stderr.splitlines()] == said
 
 
 def test_score_compares_two_folders(tmp_path: Path) -> None:
