@@ -2,7 +2,7 @@
 
 PSNR and SSIM-3D are those of the authors' released files under the named protocol (their repository, revision
 2b4af71); the paper rounds some of them differently. SHA-256 values are as third parties record the files, since the
-authors publish none.
+authors publish none; for the Baseline files nobody does.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,11 @@ from pathlib import Path
 
 from nafnet.model import NetConfig
 
-_MIRROR = "https://huggingface.co/nyanko7/nafnet-models/resolve/main/"
+# Prefixes that hold copies of the authors' files under their published names, in the order in which to try them.
+MIRRORS: tuple[str, ...] = (
+    "https://huggingface.co/nyanko7/nafnet-models/resolve/main",
+    "https://huggingface.co/mikestealth/nafnet-models/resolve/main",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +39,6 @@ class CatalogEntry:
     ssim_3d: float | None = None
     train_size: int = 256
     bundled: bool = False
-
-    @property
-    def url(self) -> str | None:
-        """A public copy of the file; None when none is known (then the authors' page has the original)."""
-        return _MIRROR + self.file if self.sha256 and not self.bundled else None
 
     def bundled_path(self) -> Path | None:
         """Where the file lies inside this package, for the entry that is shipped with it."""

@@ -23,6 +23,7 @@ from nafnet.memory import process_bytes
 from nafnet.model import Activation, Attention, NetConfig, Network, Norm, Sigma, parameters
 from nafnet.recipe import Precision
 from nafnet.tlc import windows
+from pipelines.cli_benchmark import benchmark
 
 app = typer.Typer(
     help="Restore, score and account for image collections with NAFNet.",
@@ -200,6 +201,9 @@ def score(
             print(f"{count - len(columns['psnr'])} images equal their reference: not in the mean PSNR")
     if failed:
         _fail(f"{failed} images could not be scored", code=1)
+
+
+app.command()(benchmark)
 
 
 @app.command()

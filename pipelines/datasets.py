@@ -8,9 +8,11 @@ import posixpath
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
 
 from pipelines.storage import Entry, StorageError, Store
 
+DataName = Literal["gopro", "sidd", "reds"]
 Partners = Callable[[str], Entry | None]
 
 IMAGES = ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.webp", "*.bmp")
@@ -20,7 +22,7 @@ IMAGES = ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.webp", "*.bmp")
 class Found:
     """A data set that was found: what a job needs to read it. `layout` says in words how it is laid out."""
 
-    data: str
+    data: DataName
     layout: str
     source: str
     reference: str | None
@@ -44,7 +46,7 @@ class _Layout:
     variant: str | None = None
 
 
-_LAYOUTS: dict[str, tuple[_Layout, ...]] = {
+_LAYOUTS: dict[DataName, tuple[_Layout, ...]] = {
     "gopro": (
         _Layout("LMDB folders", ("input.lmdb", "target.lmdb"), "input.lmdb", "target.lmdb"),
         _Layout("flat folders", ("input", "target"), "input", "target"),
@@ -82,11 +84,11 @@ _LAYOUTS: dict[str, tuple[_Layout, ...]] = {
         _Layout("LMDB folders", ("blur_300.lmdb", "sharp_300.lmdb"), "blur_300.lmdb", "sharp_300.lmdb"),
     ),
 }
-DATA_SETS = tuple(_LAYOUTS)
+DATA_SETS: tuple[DataName, ...] = get_args(DataName)
 _BELOW = ("", "test", "val")  # where the scored part may lie
 
 
-def find(data: str, url: str, *, variant: str | None = None) -> Found:
+def find(data: DataName, url: str, *, variant: str | None = None) -> Found:
     """Find the scored part of data set `data` (of `DATA_SETS`) at or just below `url`.
 
     `variant` asks for what is not the usual one: "gamma" for GoPro's other blur, "benchmark" for SIDD's blocks
@@ -118,7 +120,20 @@ def find(data: str, url: str, *, variant: str | None = None) -> Found:
     )
 
 
-def _is(data: str, store: Store) -> bool:
+def other_blur(found: Found) -> dict[str, Any] | None:
+    """What a job needs to read GoPro's other blur, for a tree that has both; None elsewhere."""
+    folders = [(layout.marks[0].partition("/")[2], layout) for layout in _LAYOUTS["gopro"] if layout.pair == found.pair]
+    other = {"blur": "gamma", "blur_gamma": None}
+    if found.data != "gopro" or not folders or folders[0][0] not in other:
+        return None
+    try:
+        there = find("gopro", found.source, variant=other[folders[0][0]])
+    except StorageError:
+        return None
+    return {"include": there.include, "pair": there.pair}
+
+
+def _is(data: DataName, store: Store) -> bool:
     return any(
         all(_there(store, posixpath.join(below, mark)) for mark in layout.marks)
         for below in _BELOW

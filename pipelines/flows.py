@@ -2,13 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Literal, cast
@@ -35,8 +36,10 @@ from nafnet.checkpoint import CheckpointError
 from nafnet.conventions import Convention, ProfileName, ProtocolName
 from nafnet.recipe import Precision, Recipe, Tile
 from nafnet.restore import Restorer, settle
-from pipelines import engine, manifest, report, report_html, report_sheet
-from pipelines.datasets import IMAGES
+from pipelines import benchmark as benchmarks
+from pipelines import datasets, engine, manifest, report, report_html, report_sheet
+from pipelines.benchmark import Cause, Published, Trial, Verdict
+from pipelines.datasets import IMAGES, DataName, Found
 from pipelines.manifest import Plan
 from pipelines.parts import PartWriter
 from pipelines.progress import Progress
@@ -50,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _ARTIFACT_SECONDS = 2.0
 
+NOT_REPRODUCED = "NotReproduced"  # the name of a benchmark's failed state when it ran to its end
 INCOMPLETE = "Incomplete"  # the name of a run's failed state when it did its work but not every image was restored
 
 
@@ -186,9 +190,22 @@ def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
     if not len(plan.pairs):
         logger.info("nothing to do: every image is finished under recipe %s", plan.recipe)
         return {}
-    job = prepared.job
     verbose = logger.isEnabledFor(logging.DEBUG)
-    work = Work(
+    work, placement = _work(prepared, plan), _placement(prepared.job)
+    with PartWriter(Store(work.output)) as parts, Progress(len(plan.pairs)) as progress:
+        watch = _Watch(progress)
+
+        def on_rows(rows: pa.Table) -> None:
+            parts.add(rows)
+            progress.add(Counter(rows["status"].to_pylist()))
+            watch.update()
+
+        return engine.run(plan.pairs, work, placement, on_rows, verbose=verbose)
+
+
+def _work(prepared: Prepared, plan: Plan) -> Work:
+    job = prepared.job
+    return Work(
         source=plan.source,
         reference=plan.reference,
         output=job.output,
@@ -198,16 +215,10 @@ def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         device="cuda" if job.gpus_per_actor else "cpu",
         max_pixels=int(job.max_megapixels * 1e6),
     )
-    placement = engine.Placement(job.ray_address, job.actors, job.gpus_per_actor)
-    with PartWriter(Store(job.output)) as parts, Progress(len(plan.pairs)) as progress:
-        watch = _Watch(progress)
 
-        def on_rows(rows: pa.Table) -> None:
-            parts.add(rows)
-            progress.add(Counter(rows["status"].to_pylist()))
-            watch.update()
 
-        return engine.run(plan.pairs, work, placement, on_rows, verbose=verbose)
+def _placement(job: RestoreJob) -> engine.Placement:
+    return engine.Placement(job.ray_address, job.actors, job.gpus_per_actor)
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -239,6 +250,135 @@ def _show(summary: dict[str, Any], page: str, strips: Sequence[report_sheet.Stri
         sheet = report_html.data_url(report_sheet.sheet_png(strips))
         create_image_artifact(sheet, key="sheet", description="Before, restored and reference")
     create_link_artifact(page if "://" in page else f"file://{page}", key="report", link_text="report.html")
+
+
+@flow(name="benchmark", log_prints=False)
+def benchmark(
+    data: DataName,
+    url: str,
+    output: str,
+    checkpoint: str | None = None,
+    against: str | None = None,
+    expect_psnr: float | None = None,
+    expect_ssim_3d: float | None = None,
+    images: int | None = None,
+    variant: Literal["gamma"] | None = None,
+    explain: bool = True,
+    tlc: bool | None = None,
+    train_size: int | None = None,
+    protocol: ProtocolName | None = None,
+    metrics: ProfileName = "authors",
+    precision: Precision = "float32",
+    tile: Tile = "whole",
+    halo: int = 192,
+    actors: int | None = None,
+    gpus_per_actor: float = 0,
+    ray_address: str = "local",
+) -> State[Any]:
+    """Restore a published test set, score it as its authors do, and compare the means with the published ones.
+
+    `url` is the data set as it is distributed. `checkpoint` is a catalog name (left out: the widest NAFNet of the data
+    set) or a file; `against` names the published row to meet, or `expect_psnr` and `expect_ssim_3d` give the value.
+    `images` is how many there should be, left out for the published number. When the run is off, `explain` looks for
+    the cause on a sample. Ends red when the value is not reproduced.
+    """
+    given = dict(locals())
+    found, goal, job = benchmark_job(given)
+    state: State[Any] = restore(**job.model_dump(), return_state=True)
+    if not state.is_completed() and state.name != INCOMPLETE:
+        return state
+    verdict = judge_run(job, found, goal, explain=explain)
+    text = "\n".join(benchmarks.lines(verdict))
+    logger.info("%s", text)
+    with _unimportant():
+        create_markdown_artifact(f"```\n{text}\n```", key="verdict", description="Against the published value")
+    if verdict.reproduced:
+        return Completed(message=f"reproduced: {goal.name}")
+    return Failed(name=NOT_REPRODUCED, message=f"not reproduced: {goal.name}: {'; '.join(verdict.problems)}")
+
+
+def benchmark_job(given: dict[str, Any]) -> tuple[Found, Published, RestoreJob]:
+    """The data set, the value to meet and the restoration job of a benchmark's parameters.
+
+    Raises:
+        StorageError, ValueError: there is no such data set at the URL, or no value to meet; or a parameter is wrong.
+    """
+    data = given["data"]
+    found = datasets.find(data, given["url"], variant=given["variant"])
+    checkpoint = given["checkpoint"] or benchmarks.default_checkpoint(data)
+    job = RestoreJob(
+        source=found.source,
+        reference=found.reference,
+        include=found.include,
+        pair=found.pair,
+        checkpoint=(checkpoint,),
+        output=given["output"],
+        protocol=given["protocol"] or data,
+        **{name: given[name] for name in _BENCHMARK_FIELDS},
+    )
+    if given["expect_psnr"] is not None:
+        goal = Published("the value given", given["expect_psnr"], given["expect_ssim_3d"], given["images"])
+    else:
+        goal = benchmarks.published(given["against"] or checkpoint, data)
+        goal = replace(goal, images=given["images"] or goal.images)
+    return found, goal, job
+
+
+_BENCHMARK_FIELDS = (
+    *("tlc", "train_size", "metrics", "precision", "tile", "halo"),
+    *("actors", "gpus_per_actor", "ray_address"),
+)
+
+
+@task(name="judge", cache_policy=NO_CACHE)
+def judge_run(job: RestoreJob, found: Found, goal: Published, *, explain: bool) -> Verdict:
+    """Read the rows of a finished run, compare them with the published value, and say why they differ."""
+    prepared, output = prepare(job), Store(job.output)
+    plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
+    rows = report.read_rows(output, recipe=plan.recipe)
+    rows = rows.filter(pc.is_in(rows["key"], value_set=plan.keys))
+    summary = report.summarize(rows, recipe=prepared.recipe)
+    names = "+".join(job.checkpoint)
+    verdict = benchmarks.judge(rows, summary, prepared.recipe, goal, data=found.data, checkpoint=names)
+    if explain and not verdict.reproduced:
+        verdict = replace(verdict, causes=(*verdict.causes, *_tried(prepared, plan, rows, found, verdict)))
+    benchmarks.write_verdict(output, verdict)
+    return verdict
+
+
+def _tried(prepared: Prepared, plan: Plan, rows: pa.Table, found: Found, verdict: Verdict) -> Iterator[Cause]:
+    """The settings that, on a sample, make the difference that the run shows."""
+    if verdict.psnr_off is None or abs(verdict.psnr_off) <= verdict.tolerance.psnr:
+        return
+    scores = dict(zip(rows["key"].to_pylist(), rows["psnr"].to_pylist(), strict=True))
+    keys = plan.keys.to_pylist()
+    places = [at for at in benchmarks.sampled(keys) if scores.get(keys[at]) is not None]
+    convention = Convention.parse(prepared.protocol)
+    for trial in benchmarks.trials(prepared.recipe, convention, found.data, datasets.other_blur(found)):
+        logger.info("trying on %d images whether %s", len(places), trial.words)
+        with _unimportant():
+            moved = _moved(prepared.job, trial, places, [scores[keys[at]] for at in places])
+            if benchmarks.explains(verdict, moved):
+                yield Cause(
+                    trial.name, f"{trial.words}: on {len(places)} images the other way moves PSNR by {moved:+.3f} dB"
+                )
+
+
+def _moved(job: RestoreJob, trial: Trial, places: Sequence[int], before: Sequence[float]) -> float | None:
+    """By how much (dB) another setting moves the mean PSNR of the images at these places; None if it cannot be told."""
+    other = job.model_copy(update={**trial.changes, "output": Store(job.output).url(f"why/{trial.name}")})
+    prepared = prepare(other)
+    plan = manifest.plan(other, prepared.recipe.hash, prepared.protocol)
+    keys = plan.keys.take(pa.array([at for at in places if at < len(plan.keys)], pa.int64()))
+    made: list[pa.Table] = []
+    pairs = plan.pairs.filter(pc.is_in(plan.pairs["key"], value_set=keys))
+    engine.run(pairs, _work(prepared, plan), _placement(other), made.append)
+    scores = {row["key"]: row["psnr"] for rows in made for row in rows.to_pylist()}
+    after = [scores.get(key) for key in keys.to_pylist()]
+    both = [
+        (a, b) for a, b in zip(after, before, strict=True) if a is not None and math.isfinite(a) and math.isfinite(b)
+    ]
+    return sum(a - b for a, b in both) / len(both) if both else None
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import pytest
 
 from nafnet import checkpoint
-from nafnet.catalog import CATALOG, find_hash
+from nafnet.catalog import CATALOG, MIRRORS, find_hash
 from nafnet.conventions import PROTOCOLS
 from nafnet.model import NetConfig
 
@@ -64,9 +64,10 @@ def test_published_rows(name):
 def test_files_are_named_by_their_content_and_where_to_get_them():
     for name, sha256 in SHA256.items():
         assert find_hash(sha256) is CATALOG[name]
-        assert CATALOG[name].url == f"https://huggingface.co/nyanko7/nafnet-models/resolve/main/{name}.pth"
     assert find_hash("0" * 64) is None
-    assert CATALOG["Baseline-GoPro-width32"].url is None  # no public copy is known
+    assert [f"https://huggingface.co/{who}/nafnet-models/resolve/main" for who in ("nyanko7", "mikestealth")] == [
+        *MIRRORS
+    ]
 
 
 def test_sizes_fit_the_parameters():
@@ -87,7 +88,6 @@ def test_the_bundled_weights_are_what_their_row_says():
     path = entry.bundled_path()
     assert path is not None
     assert path.stat().st_size <= 3_000_000
-    assert entry.url is None
     loaded = checkpoint.load(path, expected_sha256=entry.sha256)
     assert loaded.network.config == entry.config
     assert loaded.train_size == entry.train_size

@@ -1,0 +1,84 @@
+"""What the commands share: clear errors, few lines on the terminal, a validated job."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+
+def job_of(given: dict[str, Any]) -> Any:
+    """A validated `RestoreJob`. Raises ValueError that names every wrong option."""
+    from pydantic import ValidationError
+
+    from pipelines.settings import RestoreJob
+
+    try:
+        return RestoreJob.model_validate(given)
+    except ValidationError as error:
+        raise ValueError(words_of(error)) from error
+
+
+def words_of(error: Any) -> str:
+    """All of pydantic's complaints, by the names of options, a line each."""
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        name = ".".join(str(part) for part in problem["loc"])
+        option = f"--{name.replace('_', '-')}: " if name and name not in {"source", "output"} else f"{name}: "
+        lines.append((option if name else "") + problem["msg"].removeprefix("Value error, "))
+    return "\n        ".join(lines)
+
+
+@contextmanager
+def clear_errors(code: int = 2) -> Iterator[None]:
+    """What a person can mend is one message and an exit code, and a traceback only with -v."""
+    expected: tuple[type[Exception], ...] = (ValueError, OSError)  # CheckpointError is a ValueError
+    try:
+        from pipelines.report import ReportError
+        from pipelines.storage import StorageError
+
+        expected += (StorageError, ReportError)
+    except ModuleNotFoundError:
+        pass  # the model library alone: no storage, no storage errors
+    try:
+        yield
+    except expected as error:
+        logging.getLogger(__name__).debug("where it was raised", exc_info=error)
+        fail(str(error), code=code)
+
+
+def fail(message: str, *, code: int = 2) -> None:
+    """End the command with a message on stderr."""
+    print(f"nafnet: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def end_early(state: Any) -> None:
+    """End with what stopped a flow: a message for what a person can mend, a traceback for the rest."""
+    error = state.result(raise_on_failure=False)
+    with clear_errors(code=1):
+        if isinstance(error, BaseException):
+            raise error
+    fail(f"the run ended early: {state.message}", code=1)
+
+
+def quiet(verbose: bool) -> None:
+    """Our own lines to stderr; Ray's and Prefect's only when asked for. Must come before Prefect is imported."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("nafnet", "pipelines"):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).propagate = False  # Prefect's root handler would say it again
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    # Its temporary server takes longer than its default of 20 s on a busy machine.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    if verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "warning")
+    else:
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
