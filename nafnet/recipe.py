@@ -70,6 +70,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Drop what has no effect, so that recipes that act alike hash alike; ValueError for impossible ones."""
+        object.__setattr__(self, "strength", float(self.strength))  # 1 and 1.0 would hash differently
         if not self.steps:
             raise ValueError("a recipe needs at least one checkpoint")
         if self.precision not in get_args(Precision):

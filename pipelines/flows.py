@@ -286,10 +286,9 @@ def benchmark(
     found, goal, job = benchmark_job(given)
     state: State[Any] = restore(**job.model_dump(), return_state=True)
     if not state.is_completed() and state.name != INCOMPLETE:
-        return state
+        state.result()  # raises what ended it
     verdict = judge_run(job, found, goal, explain=explain)
     text = "\n".join(benchmarks.lines(verdict))
-    logger.info("%s", text)
     with _unimportant():
         create_markdown_artifact(f"```\n{text}\n```", key="verdict", description="Against the published value")
     if verdict.reproduced:

@@ -12,6 +12,10 @@ from nafnet.recipe import Recipe, Step
 RECIPE = Recipe((Step("a" * 64),), tile=512)
 
 
+def test_whole_numbers_hash_as_floats():
+    assert Recipe((Step("w"),), strength=1).hash == Recipe((Step("w"),), strength=1.0).hash == Recipe((Step("w"),)).hash
+
+
 def test_equal_recipes_hash_alike_and_every_field_counts():
     assert Recipe((Step("a" * 64),), tile=512).hash == RECIPE.hash
     assert len(RECIPE.hash) == 16
