@@ -23,6 +23,7 @@ from nafnet.memory import process_bytes
 from nafnet.model import Activation, Attention, NetConfig, Network, Norm, Sigma, parameters
 from nafnet.recipe import Precision
 from nafnet.tlc import windows
+from pipelines import cli_datasets
 from pipelines.cli_benchmark import benchmark
 
 app = typer.Typer(
@@ -204,6 +205,7 @@ def score(
 
 
 app.command()(benchmark)
+app.add_typer(cli_datasets.app, name="datasets")
 
 
 @app.command()
