@@ -204,6 +204,38 @@ def score(
         _fail(f"{failed} images could not be scored", code=1)
 
 
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN_A RUN_B ...",
+            help="Outputs of nafnet restore, paths or fsspec URLs; each is compared with the first.",
+        ),
+    ],
+    output: Annotated[str, typer.Option(help="Prefix to write compare.html and compare.json to.")] = "comparison",
+    tolerance: Annotated[float, typer.Option(help="Largest PSNR difference of an image that counts as equal, dB.")] = (
+        0.01
+    ),
+) -> None:
+    """Say whether runs have the same recipe and the same pixels, how far apart they are, and what each cost.
+
+    Ends with 0 when all are identical to the first or equal within tolerance, with 1 when they are not, and with 2
+    when there is no run at one of the places.
+    """
+    from pipelines import compare as comparing
+    from pipelines.compare_html import write_comparison
+    from pipelines.storage import Store
+
+    with _clear_errors():
+        comparison = comparing.compare([comparing.load_run(run) for run in runs], tolerance)
+        page = write_comparison(Store(output), comparison)
+    print(comparing.terminal(comparison))
+    print(f"report  {page}")
+    if not comparison.alike:
+        raise typer.Exit(1)
+
+
 app.command()(benchmark)
 app.add_typer(cli_datasets.app, name="datasets")
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import platform
 import time
 from collections import Counter
@@ -37,7 +36,8 @@ from nafnet.conventions import Convention, ProfileName, ProtocolName
 from nafnet.recipe import Precision, Recipe, Tile
 from nafnet.restore import Restorer, settle
 from pipelines import benchmark as benchmarks
-from pipelines import datasets, engine, manifest, report, report_html, report_sheet
+from pipelines import compare as comparing
+from pipelines import compare_html, datasets, engine, manifest, report, report_html, report_sheet
 from pipelines.benchmark import Cause, Published, Trial, Verdict
 from pipelines.datasets import IMAGES, DataName, Found
 from pipelines.manifest import Plan
@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 _ARTIFACT_SECONDS = 2.0
 
 NOT_REPRODUCED = "NotReproduced"  # the name of a benchmark's failed state when it ran to its end
+DIFFERENT = "Different"  # the name of a comparison's failed state when it ran to its end
 INCOMPLETE = "Incomplete"  # the name of a run's failed state when it did its work but not every image was restored
 
 
@@ -410,7 +411,13 @@ class _Watch:
 
 
 def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], started: datetime) -> dict[str, Any]:
-    """What run.json holds: enough to make the run again and to compare it with another."""
+    """What run.json holds: enough to make the run again and to compare it with another.
+
+    `machine` is the driver's, with its processor and its GPUs: on a cluster the images may have been restored on
+    others, which the rows name (`worker`), and a driver without a GPU records none.
+    """
+    rows = report.read_rows(Store(prepared.job.output), recipe=plan.recipe)
+    inputs = rows.filter(pc.is_in(rows["key"], value_set=plan.keys))
     packages = ("nafnet-pipelines", "torch", "ray", "prefect", "pyarrow", "numpy", "pillow", "imagecodecs")
     return {
         "recipe": {"hash": plan.recipe, **asdict(prepared.recipe)},
@@ -419,8 +426,33 @@ def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], start
         "job": prepared.job.model_dump(mode="json"),
         "plan": {"matched": plan.matched, "attempted": len(plan.pairs), "finished_before": plan.finished},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
+        "inputs": {"images": len(inputs), "sha256": comparing.inputs_hash(inputs)},
+        "machine": comparing.describe_machine(),
+        "precision": comparing.precision_flags(prepared.recipe, cluster.get("threads")),
         "ray": cluster,
         "started_at": started.isoformat(timespec="seconds"),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@flow(name="compare", log_prints=False)
+def compare(runs: tuple[str, ...], output: str, tolerance: float = comparing.TOLERANCE) -> State[Any]:
+    """Compare runs of `restore`, given by their outputs, with the first of them; write compare.html and compare.json.
+
+    Ends red when one has another recipe than the first, lacks an image, ended one otherwise, or has an image whose
+    PSNR is further than `tolerance` dB from that of the first.
+    """
+    comparison = compare_runs(runs, output, tolerance)
+    message = "\n".join(comparison.lines)
+    return Completed(message=message) if comparison.alike else Failed(name=DIFFERENT, message=message)
+
+
+@task(name="compare", cache_policy=NO_CACHE)
+def compare_runs(runs: tuple[str, ...], output: str, tolerance: float) -> comparing.Comparison:
+    """Read the runs, compare them, write the page and show the numbers in Prefect."""
+    comparison = comparing.compare([comparing.load_run(run) for run in runs], tolerance)
+    page = compare_html.write_comparison(Store(output), comparison)
+    with _unimportant():
+        create_markdown_artifact(comparing.markdown(comparison), key="comparison", description="Runs side by side")
+        create_link_artifact(page if "://" in page else f"file://{page}", key="compare", link_text="compare.html")
+    return comparison
