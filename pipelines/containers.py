@@ -232,10 +232,10 @@ class Shards:
             missing = [] if names else [name]
         if missing:
             raise StorageError(f"{self._home.url()} lacks {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}")
-        self._names = names
+        self._names, self._pattern = names, name
 
     def url(self, key: str = "") -> str:
-        return self._home.url(key)
+        return self._home.url(key) if key else f"{self._home.url()}/{self._pattern}"
 
     def key(self, url: str) -> str:
         return self._home.key(url)

@@ -150,6 +150,7 @@ def test_shards(tmp_path: Path, pattern: str) -> None:
     keys = [entry.key for entry in collection.list()]
     assert keys[:3] == ["s-000.tar/0.input.png", "s-000.tar/0.target.png", "s-001.tar/1.input.png"]
     assert collection.read(keys[3]) == png(11)
+    assert collection.url() == str(tmp_path / pattern)  # which opens it again
     assert collection.key(collection.url(keys[3])) == keys[3]
 
 

@@ -1,0 +1,357 @@
+"""Verdicts: green where the reference's own arithmetic says so, red with the right cause for each known mistake.
+
+The flows are the real ones on a real Prefect server. Ray's part is done by the same stages called in a row, but for one
+run of the command itself.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nafnet.images import decode
+from nafnet.model import NetConfig
+from pipelines import benchmark, datasets, engine, flows, made, manifest, report
+from pipelines.cli import app
+from pipelines.containers import open_collection
+from pipelines.made import LAYOUTS, make
+from pipelines.stages import RestoreActor, Work, fetch, finish
+from pipelines.storage import Store
+from tests.conftest import random_network, save_published
+from tests.nafnet import reference
+from tests.nafnet.test_metrics import dense_ssim_3d
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+SIZE = (72, 96)
+CROP = 16  # a TLC window of 24 px, which these images exceed
+
+
+def network(strength: float = 3, attention: float = 300) -> torch.nn.Module:
+    """Strong: what it adds depends on its local means, which TLC changes. Weak: so near that rounding shows."""
+    made_of = random_network(NetConfig(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1)), seed=1)
+    with torch.no_grad():
+        made_of.ending.weight.mul_(strength)
+        made_of.ending.bias.zero_()
+        for name, parameter in made_of.named_parameters():
+            if name.endswith("sca.1.weight"):
+                parameter.mul_(attention)
+            if name.endswith("sca.1.bias"):
+                parameter.zero_()
+    return made_of
+
+
+WEAK = (0.3, 100)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_published(tmp_path_factory.mktemp("weights") / "net.pth", network())
+
+
+@pytest.fixture(autouse=True)
+def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(
+        pairs: pa.Table, work: Work, _placement: Any, on_rows: Callable[[pa.Table], None], **_: Any
+    ) -> dict[str, Any]:
+        actor = RestoreActor(work)
+        for start in range(0, len(pairs), 4):
+            on_rows(finish(actor(fetch(pairs.slice(start, 4), work)), work))
+        return {}
+
+    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setenv("NAFNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(made, "_BLOCK_PX", 32)
+
+
+def expected(
+    data: datasets.DataName, url: Path, *, tlc: bool, rounds: bool, net: torch.nn.Module | None = None
+) -> tuple[float, float]:
+    """PSNR and SSIM-3D of the paper's equations, dense windows and all, over the files as they lie there."""
+    found = datasets.find(data, str(url))
+    source, references = open_collection(found.source), open_collection(str(found.reference))
+    partner, net = datasets.partners(references.list(), found.pair), net or network()
+    scores = []
+    for entry in source.list():
+        if not datasets.matches(entry.key, found.include) or (there := partner(entry.key)) is None:
+            continue
+        degraded, sharp = decode(source.read(entry.key)).pixels, decode(references.read(there.key)).pixels
+        image = torch.from_numpy(degraded.astype(np.float32) / 255).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            made_of = reference.network(net.state_dict(), image, train_size=CROP if tlc else None)
+        values = made_of[0].permute(1, 2, 0).numpy().clip(0, 1).astype(np.float64)
+        if rounds:
+            values, target, top = np.rint(values * 255), sharp.astype(np.float64), 255.0
+        else:
+            target, top = sharp / 255, 1.0
+        mse = np.square(values - target).mean()
+        scores.append((10 * math.log10(top**2 / mse), dense_ssim_3d(values, target, top)))
+    return tuple(np.mean(scores, axis=0))  # type: ignore[return-value]
+
+
+def run(tmp_path: Path, data: str, weights: Path, score: tuple[float, float], **more: Any) -> benchmark.Verdict:
+    parameters = {"data": data, "url": str(tmp_path / "set"), "output": str(tmp_path / "out")}
+    parameters |= {"checkpoint": str(weights), "expect_psnr": score[0], "expect_ssim_3d": score[1]}
+    settings: dict[str, Any] = {"train_size": CROP, "tlc": data != "sidd", **parameters, **more}
+    state = flows.benchmark(**settings, return_state=True)
+    verdict = benchmark.read_verdict(Store(str(tmp_path / "out")))
+    assert state.is_completed() == verdict.reproduced
+    if not verdict.reproduced:
+        assert state.name == flows.NOT_REPRODUCED
+    return verdict
+
+
+def causes(verdict: benchmark.Verdict) -> list[str]:
+    return [cause.name for cause in verdict.causes]
+
+
+@pytest.mark.parametrize(
+    ("data", "layout"),
+    [(data, layout) for data, layouts in LAYOUTS.items() for layout in layouts if layout != "benchmark"],
+)
+def test_each_format_meets_the_reference_arithmetic(tmp_path: Path, weights: Path, data: Any, layout: str) -> None:
+    """Without Prefect, which a format does not concern."""
+    make(data, tmp_path / "set", images=1 if data == "sidd" else 4, layout=layout, size=SIZE)
+    score = expected(data, tmp_path / "set", tlc=data != "sidd", rounds=data != "sidd")
+    given = dict.fromkeys(signature(flows.benchmark.fn).parameters) | {
+        "data": data,
+        "url": str(tmp_path / "set"),
+        "output": str(tmp_path / "out"),
+        "checkpoint": str(weights),
+        "expect_psnr": score[0],
+        "expect_ssim_3d": score[1],
+        "images": 32 if data == "sidd" else 4,
+        "tlc": data != "sidd",
+        "train_size": CROP,
+        "metrics": "authors",
+        "precision": "float32",
+        "tile": "whole",
+        "halo": 192,
+        "gpus_per_actor": 0,
+        "ray_address": "local",
+    }
+    found, goal, job = flows.benchmark_job(given)
+    prepared = flows.prepare(job)
+    plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
+    made_rows: list[pa.Table] = []
+    engine.run(plan.pairs, flows._work(prepared, plan), flows._placement(job), made_rows.append)
+    rows = pa.concat_tables(made_rows)
+    summary = report.summarize(rows, recipe=prepared.recipe)
+    verdict = benchmark.judge(rows, summary, prepared.recipe, goal, data=found.data, checkpoint="net")
+    assert verdict.problems == ()
+    assert verdict.psnr_off == pytest.approx(0, abs=1e-3)
+    assert verdict.ssim_off == pytest.approx(0, abs=1e-5)
+    assert verdict.kind == "float32, whole images"
+
+
+@pytest.fixture
+def gopro(tmp_path: Path) -> Path:
+    return make("gopro", tmp_path / "set", images=4, size=SIZE)
+
+
+def test_tlc_off_is_named(tmp_path: Path, weights: Path, gopro: Path) -> None:
+    score = expected("gopro", gopro, tlc=True, rounds=True)
+    verdict = run(tmp_path, "gopro", weights, score, images=4, tlc=False)
+    assert abs(verdict.psnr_off or 0) > 0.02
+    assert causes(verdict) == ["tlc"]
+    assert verdict.causes[0].words.startswith("TLC is off: on 4 images the other way moves PSNR by")
+
+
+def test_a_value_without_tlc_is_named(tmp_path: Path, weights: Path, gopro: Path) -> None:
+    verdict = run(tmp_path, "gopro", weights, expected("gopro", gopro, tlc=False, rounds=True), images=4)
+    assert causes(verdict) == ["tlc"]
+    assert "seems to be one without TLC" in verdict.causes[0].words
+
+
+def test_wrong_rounding_is_named(tmp_path: Path, gopro: Path) -> None:
+    """Degraded images are made the sharp ones, so that a high PSNR shows what rounding does."""
+    weights = save_published(tmp_path / "weak.pth", network(*WEAK))
+    for path in gopro.rglob("blur/*.png"):
+        path.write_bytes((path.parents[1] / "sharp" / path.name).read_bytes())
+    score = expected("gopro", gopro, tlc=True, rounds=True, net=network(*WEAK))
+    verdict = run(tmp_path, "gopro", weights, score, images=4, protocol="sidd")
+    assert abs(verdict.psnr_off or 0) > 0.01
+    assert causes(verdict) == ["rounding"]
+    assert verdict.causes[0].words.startswith("the prediction is not rounded here")
+    assert any("which is not gopro's protocol" in problem for problem in verdict.problems)
+
+
+def test_a_flat_ssim_is_named(tmp_path: Path, weights: Path, gopro: Path) -> None:
+    score = expected("gopro", gopro, tlc=True, rounds=True)
+    run(tmp_path, "gopro", weights, score, images=4)
+    flat = json.loads((tmp_path / "out" / "summary.json").read_text())["ssim_2d"]
+    verdict = run(tmp_path, "gopro", weights, (score[0], flat), images=4)
+    assert len(verdict.problems) == 1
+    assert causes(verdict) == ["ssim-2d"]
+    other = run(tmp_path, "gopro", weights, score, images=4, metrics="basicsr")
+    assert "ssim-2d" in causes(other)
+
+
+def test_the_other_blur_is_named(tmp_path: Path, weights: Path, gopro: Path) -> None:
+    score = expected("gopro", gopro, tlc=True, rounds=True)
+    verdict = run(tmp_path, "gopro", weights, score, images=4, variant="gamma")
+    assert abs(verdict.psnr_off or 0) > 0.02
+    assert causes(verdict) == ["blur_gamma"]
+
+
+@pytest.mark.parametrize("kind", ["blur", "sharp"])
+def test_one_missing_image_is_named(tmp_path: Path, weights: Path, gopro: Path, kind: str) -> None:
+    (gopro / "test" / "GOPR0384_11_00" / kind / "000002.png").unlink()
+    score = expected("gopro", gopro, tlc=True, rounds=True)
+    verdict = run(tmp_path, "gopro", weights, score, images=4)
+    assert causes(verdict) == ["count"]
+    if kind == "blur":
+        assert verdict.problems == ("3 images, the published mean is over 4",)
+    else:
+        assert verdict.problems == ("1 images were not restored: GOPR0384_11_00/blur/000002.png missing",)
+
+
+def test_what_nothing_explains_is_said(tmp_path: Path, weights: Path, gopro: Path) -> None:
+    score = expected("gopro", gopro, tlc=True, rounds=True)
+    verdict = run(tmp_path, "gopro", weights, (score[0] + 7, score[1]), images=4)
+    assert causes(verdict) == []
+    assert "none of the usual ones explains it" in "\n".join(benchmark.lines(verdict))
+
+
+def test_tiles_and_precisions_are_rows_of_their_own(tmp_path: Path, weights: Path, gopro: Path) -> None:
+    score = expected("gopro", gopro, tlc=True, rounds=True)
+    verdict = run(tmp_path, "gopro", weights, score, images=4, tile=68, halo=8)
+    assert verdict.kind == "tiled"
+    assert verdict.tolerance == benchmark.Tolerance(0.05, 2e-3)
+
+
+def test_an_interrupted_run_ends_as_one_run(tmp_path: Path, weights: Path, gopro: Path, monkeypatch: Any) -> None:
+    score = expected("gopro", gopro, tlc=True, rounds=True)
+    whole = run(tmp_path, "gopro", weights, score, images=4)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    complete = engine.run
+
+    def cut(pairs: pa.Table, work: Work, placement: Any, on_rows: Any, **more: Any) -> dict[str, Any]:
+        complete(pairs.slice(0, 3), work, placement, on_rows, **more)
+        raise KeyboardInterrupt
+
+    (tmp_path / "out").rename(tmp_path / "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "run", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "gopro", weights, score, images=4)
+    again = run(tmp_path, "gopro", weights, score, images=4)
+    assert again == whole
+    after = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for name in ("counts", "psnr", "psnr_input", "ssim_3d", "ssim_2d", "gain", "worst", "best", "tiled"):
+        assert after[name] == summary[name], name
+    rows = [
+        {row["key"]: row["digest"] for row in pq.read_table(tmp_path / place / "report").to_pylist()}
+        for place in ("first", "out")
+    ]
+    assert rows[0] == rows[1]
+
+
+def verdict_of(psnr: float, goal: float, **more: Any) -> benchmark.Verdict:
+    known = {"data": "gopro", "checkpoint": "a|b", "kind": "float32, whole images", "images": 1111, "ssim_3d": 0.96}
+    goal_ = benchmark.Published("row", goal, 0.9668, 1111)
+    return benchmark.Verdict(
+        **{
+            **known,
+            "published": goal_,
+            "tolerance": benchmark.Tolerance(0.01, 5e-4),
+            "psnr": psnr,
+            "problems": (),
+            **more,
+        }
+    )
+
+
+def test_a_guessed_range_shows_in_the_numbers() -> None:
+    summary = {"images": 1111, "counts": {"missing": 0, "restored": 1111}, "ssim_2d": 0.9, "scored": 1111}
+    off = verdict_of(33.71, 33.71 + 50 * 20 * math.log10(255) / 1111)
+    found = benchmark._read_off(summary, off)
+    assert [cause.name for cause in found] == ["range"]
+    assert "50 times 48.13 dB" in found[0].words
+
+
+def test_published_values_of_rows() -> None:
+    assert benchmark.default_checkpoint("gopro") == "NAFNet-GoPro-width64"
+    assert benchmark.published("NAFNet-GoPro-width64", "gopro") == benchmark.Published(
+        "NAFNet-GoPro-width64", 33.7103, 0.9668, 1111
+    )
+    assert benchmark.published("table5/relu", "sidd") == benchmark.Published("table5/relu", 39.98, None, 1280)
+    with pytest.raises(ValueError, match="nothing is published of NAFNet-GoPro-width64 on sidd: give the value"):
+        benchmark.published("NAFNet-GoPro-width64", "sidd")
+    with pytest.raises(ValueError, match="nafnet info lists what is"):
+        benchmark.published("/some/file.pth", "gopro")
+
+
+def test_the_table_of_many_runs(tmp_path: Path) -> None:
+    verdicts = [
+        verdict_of(33.7103, 33.7103, ssim_3d=0.9668),
+        verdict_of(33.08, 33.7103, problems=("PSNR",), causes=(benchmark.Cause("tlc", "TLC is off"),)),
+    ]
+    places = benchmark.write_table(Store(str(tmp_path)), verdicts)
+    text = Path(places["table"]).read_text()
+    assert "| gopro | a\\|b | float32, whole images | 33.7103 | 33.0800 | -0.6303 | 0.9668 | 0.9600 | -0.0068 |" in text
+    rows = pq.read_table(places["rows"]).to_pylist()
+    assert [row["reproduced"] for row in rows] == [True, False]
+    assert rows[1]["cause"] == "TLC is off"
+    assert Path(places["plot"]).read_text().count("</svg>") == 1
+
+
+def test_the_command(tmp_path: Path, weights: Path, gopro: Path) -> None:
+    score = expected("gopro", gopro, tlc=True, rounds=True)
+
+    words = ["benchmark", "gopro", "--data", gopro, "--checkpoint", weights, "--tlc", "--train-size", CROP]
+    words += ["--images", 4, "--output", tmp_path / "out", "--expect", f"{score[0]:.4f},{score[1]:.4f}"]
+    command = [str(Path(sys.executable).with_name("nafnet")), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "verdict    reproduced: the value given" in done.stdout
+    assert re.search(r"PSNR +\d\d\.\d{4} +\d\d\.\d{4} +[+-]0\.000\d dB  \(tolerance 0\.01\)", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["benchmark"], "which test set?"),
+        (["benchmark", "gopro"], "--data takes one URL with gopro"),
+        (["benchmark", "gopro", "--data", "/nowhere"], "no folder at /nowhere"),
+        (["benchmark", "--all", "--data", "x=/y"], "--all takes --data NAME=URL"),
+        (["benchmark", "gopro", "--data", "SET", "--checkpoint", "demo"], "nothing is published of demo on gopro"),
+        (["benchmark", "gopro", "--data", "SET", "--expect", "high"], "--expect takes PSNR or PSNR,SSIM"),
+        (
+            ["benchmark", "gopro", "--data", "SET", "--expect", "30", "--checkpoint", "demo", "--tile", "9"],
+            "--tile: takes",
+        ),
+    ],
+)
+def test_mistakes_are_said_before_any_work(
+    tmp_path: Path, gopro: Path, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [str(gopro) if word == "SET" else word for word in words])
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert not (tmp_path / "benchmark").exists()
+
+
+def test_the_command_ends_red(tmp_path: Path, weights: Path, gopro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["benchmark", "gopro", "--data", str(gopro), "--expect", "40", "--images", "4", "--no-explain"]
+    words += ["--train-size", str(CROP), "--checkpoint", str(weights), "--checkpoint", "demo"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1, result.output
+    assert result.stdout.count("verdict    NOT reproduced: the value given") == 2
+    assert "not reproduced: gopro" in result.stderr
+    assert "| gopro | demo |" in (tmp_path / "benchmark" / "benchmark.md").read_text()
+    assert (tmp_path / "benchmark" / "gopro-demo" / "report.html").exists()

@@ -1,0 +1,214 @@
+"""Made data sets, read back with other libraries, through `datasets.find`, and through a check."""
+
+import base64
+import csv
+import hashlib
+import tarfile
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+from nafnet.images import decode
+from nafnet.metrics import psnr
+from pipelines import check, datasets, made, pack, submission
+from pipelines.containers import open_collection
+from pipelines.datasets import DataName
+from pipelines.made import LAYOUTS, make
+from pipelines.storage import StorageError, Store
+
+SIZE = (48, 64)
+ALL = [(like, layout) for like, layouts in LAYOUTS.items() for layout in layouts]
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAFNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(made, "_BLOCK_PX", 16)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(("like", "layout"), ALL)
+def test_each_layout_is_found_and_pairs_up(tmp_path: Path, like: DataName, layout: str) -> None:
+    make(like, tmp_path / "set", images=1 if like == "sidd" else 5, layout=layout, size=SIZE)
+    found = datasets.find(like, str(tmp_path / "set"), variant="benchmark" if layout == "benchmark" else None)
+    source = open_collection(found.source)
+    keys = [entry.key for entry in source.list() if datasets.matches(entry.key, found.include)]
+    assert len(keys) == (32 if like == "sidd" else 5)
+    if found.reference is None:
+        assert layout == "benchmark"
+        return
+    reference = open_collection(found.reference)
+    partner = datasets.partners(reference.list(), found.pair)
+    for key in keys:
+        entry = partner(key)
+        assert entry is not None, key
+        degraded, sharp = decode(source.read(key)).pixels, decode(reference.read(entry.key)).pixels
+        assert degraded.shape == sharp.shape == ((16, 16, 3) if like == "sidd" else (*SIZE, 3))
+        assert 12 < psnr(degraded, sharp, data_range=255) < 45
+
+
+@pytest.mark.parametrize(("like", "layout"), ALL)
+def test_the_same_arguments_write_the_same_bytes(tmp_path: Path, like: DataName, layout: str) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make(like, tmp_path / name, images=1 if like == "sidd" else 3, layout=layout, size=SIZE, seed=seed)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") != contents(tmp_path / "c")
+
+
+def test_gopro_as_others_read_it(tmp_path: Path) -> None:
+    make("gopro", tmp_path / "tree", images=4, size=SIZE)
+    names = sorted(path.name for path in (tmp_path / "tree" / "test").iterdir())
+    assert names == ["GOPR0384_11_00", "GOPR0384_11_01"]
+    frames = {
+        kind: np.asarray(Image.open(tmp_path / "tree" / "test" / names[0] / kind / "000001.png"))
+        for kind in ("blur", "blur_gamma", "sharp")
+    }
+    assert not np.array_equal(frames["blur"], frames["blur_gamma"])
+    make("gopro", tmp_path / "flat", images=4, layout="flat", size=SIZE)
+    flat = np.asarray(Image.open(tmp_path / "flat" / "test" / "input" / f"{names[0]}-000001.png"))
+    np.testing.assert_array_equal(flat, frames["blur"])
+    make("gopro", tmp_path / "lmdb", images=4, layout="lmdb", size=SIZE)
+    folder = tmp_path / "lmdb" / "test" / "target.lmdb"
+    assert (folder / "meta_info.txt").read_text().splitlines()[0] == f"{names[0]}-000001.png (48,64,3) 1"
+    with lmdb.open(str(folder), readonly=True, lock=False) as environment, environment.begin() as view:
+        stored = decode(view.get(f"{names[0]}-000001".encode())).pixels
+    np.testing.assert_array_equal(stored, frames["sharp"])
+    make("gopro", tmp_path / "tar", images=4, layout="tar", size=SIZE)
+    with tarfile.open(tmp_path / "tar" / "test" / "gopro-000000.tar") as archive:
+        assert archive.getnames()[:2] == [f"{names[0]}-000001.input.png", f"{names[0]}-000001.target.png"]
+
+
+def test_sidd_as_others_read_it(tmp_path: Path) -> None:
+    make("sidd", tmp_path / "mat", images=2)
+    noisy, clean = (
+        scipy.io.loadmat(tmp_path / "mat" / f"{name}.mat")[name]
+        for name in ("ValidationNoisyBlocksSrgb", "ValidationGtBlocksSrgb")
+    )
+    assert noisy.shape == clean.shape == (2, 32, 16, 16, 3)
+    assert noisy.dtype == np.uint8
+    assert not np.array_equal(clean[0, 0], clean[1, 0])
+
+
+def test_reds_scores_every_tenth_frame(tmp_path: Path) -> None:
+    make("reds", tmp_path / "set", images=12, size=SIZE)
+    found = datasets.find("reds", str(tmp_path / "set"))
+    every = [entry.key for entry in open_collection(found.source).list()]
+    scored = [key for key in every if datasets.matches(key, found.include)]
+    assert (len(every), len(scored)) == (16, 12)
+    assert all(int(Path(key).stem) % 10 == 9 for key in scored)
+
+
+def test_impossible_sets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reds has no layout 'tar': there are tree, lmdb; images must be 1 to 300"):
+        make("reds", tmp_path / "x", images=301, layout="tar")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match=r"is not empty \(thesis.tex\)"):
+        make("gopro", tmp_path / "full", images=1)
+
+
+# Looking for a data set, and at it
+
+
+def test_what_is_not_there_is_said_with_what_is(tmp_path: Path) -> None:
+    make("reds", tmp_path / "set", images=2, size=SIZE)
+    with pytest.raises(StorageError, match=r"no gopro data set at .*There is: val\. That looks like reds"):
+        datasets.find("gopro", str(tmp_path / "set"))
+    with pytest.raises(StorageError, match="no folder at"):
+        datasets.find("gopro", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="reds has no variant 'gamma'"):
+        datasets.find("reds", str(tmp_path / "set"), variant="gamma")
+
+
+def test_a_check_names_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "set" / "test"
+    make("gopro", tmp_path / "set", images=8, size=SIZE)
+    protocol = check.PROTOCOLS["gopro"]
+    monkeypatch.setitem(check.PROTOCOLS, "gopro", type(protocol)("gopro", True, 8, 8))
+    assert check.check("gopro", str(tmp_path / "set")).problems == ()
+
+    first, second = sorted(root.iterdir())
+    (first / "sharp" / "000001.png").unlink()
+    (second / "blur" / "000002.png").unlink()
+    (second / "blur" / "000004.png").write_bytes((second / "blur" / "000003.png").read_bytes())
+    (second / "blur" / "000001.png").write_bytes(b"")
+    findings = check.check("gopro", str(tmp_path / "set"))
+    assert findings.problems == (
+        "7 images, the published mean is over 8",
+        f"1 files are empty: {second.name}/blur/000001.png",
+        f"1 images have no reference: {first.name}/blur/000001.png",
+        f"1 references have no image: {second.name}/sharp/000002.png",
+        f"1 images are copies of others: {second.name}/blur/000004.png",
+        f"1 of 12 images that were opened cannot be read: {second.name}/blur/000001.png",
+    )
+    assert findings.remarks[0].startswith("blur_gamma is there, too")
+    assert findings.sizes == (("64x48", 6),)
+    gamma = check.check("gopro", str(tmp_path / "set"), variant="gamma")
+    assert any("images of blur_gamma" in problem for problem in gamma.problems)
+    text = "\n".join(check.lines(findings))
+    assert "verdict    not what was published" in text
+
+
+def test_extra_references_are_those_that_an_image_should_have(tmp_path: Path) -> None:
+    make("reds", tmp_path / "set", images=4, size=SIZE)
+    findings = check.check("reds", str(tmp_path / "set"))
+    assert findings.problems == ("4 images, the published mean is over 300",)  # frames 0 and 1 are no extra ones
+
+
+# Out again
+
+
+def test_packed_shards_hold_every_image_once(tmp_path: Path) -> None:
+    make("gopro", tmp_path / "set", images=5, layout="flat", size=SIZE)
+    source = tmp_path / "set" / "test" / "input"
+    shards = list(pack.pack(str(source), str(tmp_path / "out"), name="blur", shard_images=2))
+    assert [count for _, count in shards] == [2, 2, 1]
+    packed = open_collection(str(tmp_path / "out" / "blur-{000000..000002}.tar"))
+    assert [packed.read(entry.key) for entry in packed.list()] == [
+        path.read_bytes() for path in sorted(source.iterdir())
+    ]
+    first = (tmp_path / "out" / "blur-000000.tar").read_bytes()
+    list(pack.pack(str(source), str(tmp_path / "again"), name="blur", shard_images=2))
+    assert (tmp_path / "again" / "blur-000000.tar").read_bytes() == first
+
+
+def test_names_in_a_shard_end_at_their_first_dot(tmp_path: Path) -> None:
+    assert pack.member_name("a/b.c.PNG") == "a_b-c.png"
+    for name in ("a/b.png", "a_b.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    with pytest.raises(StorageError, match=r"a/b\.png and a_b\.png would both be called a_b\.png"):
+        list(pack.pack(str(tmp_path / "in"), str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("form", ["csv", "mat"])
+def test_a_submission_reads_back(tmp_path: Path, form: str) -> None:
+    make("sidd", tmp_path / "set", images=2, layout="benchmark")
+    name = "BenchmarkNoisyBlocksSrgb"
+    array = scipy.io.loadmat(tmp_path / "set" / f"{name}.mat")[name]
+    blocks, run = open_collection(str(tmp_path / "set" / f"{name}.mat")), Store(str(tmp_path / "run"))
+    for entry in blocks.list():
+        run.write(f"images/{entry.key}", blocks.read(entry.key))
+    place, count = submission.write_submission(str(tmp_path / "run"), form)  # type: ignore[arg-type]
+    assert count == 64
+    if form == "mat":
+        np.testing.assert_array_equal(scipy.io.loadmat(place)["DenoisedBlocksSrgb"], array)
+    else:
+        csv.field_size_limit(10**7)
+        with Path(place).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert rows[33]["ID"] == "33"
+        assert base64.b64decode(rows[33]["BLOCK"]) == array[1, 1].tobytes()
+    run.delete("images/0001_05.png")
+    with pytest.raises(StorageError, match=r"0001_05\.png missing"):
+        submission.write_submission(str(tmp_path / "run"), form)  # type: ignore[arg-type]
