@@ -5,6 +5,7 @@
 
 import html
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,17 @@ Summary = dict[str, Any]  # JSON-ready: see `summarize`
 UNKNOWN = "\N{EN DASH}"
 _APPROXIMATE = "tiles are approximate: without TLC a tile's means are not the image's"
 MAX_NOTES = 5  # of the rows' different notes, the most frequent first
+MAX_SEQUENCES = 200  # more would be folders that hold a few images each: another way of listing all images
 _SCORES = ("psnr_input", "psnr", "ssim_3d_input", "ssim_3d", "ssim_2d_input", "ssim_2d")
+_SEQUENCES = tuple(
+    re.compile(pattern, re.ASCII)
+    for pattern in (
+        r"(?:^|/)(GOPR\d+_\d+_\d+)[-/]",  # GoPro's tree, its flat repacks, LMDB, shards
+        r"(?:^|/)(\d{3})[_/]\d{8}\.\w+$",  # REDS: folders, LMDB
+        r"(?:^|/)(\d{4})_\d{2}\.\w+$",  # SIDD's blocks: the scene
+        r"^(?:[^/]+\.tar/)?(?![^/]+\.tar/)([^/]+)/",  # anything else: the first folder, within a shard
+    )
+)
 
 
 class ReportError(Exception):
@@ -92,6 +103,37 @@ def gains(rows: pa.Table) -> Floats:
     return gain
 
 
+def sequence(key: str) -> str | None:
+    """What `key` is one image of: a GoPro or REDS sequence, a SIDD scene, else its first folder; None without one."""
+    found = next(filter(None, (pattern.search(key) for pattern in _SEQUENCES)), None)
+    return found[1] if found else None
+
+
+def by_sequence(rows: pa.Table) -> list[dict[str, Any]]:
+    """What each sequence came to, sorted by name; empty unless there are 2 to `MAX_SEQUENCES` of them.
+
+    `images` and `restored` are counts. The rest are means over its restored rows with finite values, None where there
+    is none: the scores under their columns' names, `gain` in dB, `network_seconds_mean`. Keys of no sequence are
+    left out.
+    """
+    places: dict[str, list[int]] = {}
+    for place, key in enumerate(rows["key"].to_pylist()):
+        if (name := sequence(key)) is not None:
+            places.setdefault(name, []).append(place)
+    if not 2 <= len(places) <= MAX_SEQUENCES:
+        return []
+    restored = rows["status"].to_numpy(zero_copy_only=False) == Status.RESTORED.value
+    values = {name: column(rows, name) for name in _SCORES}
+    values |= {"gain": gains(rows), "network_seconds_mean": column(rows, "seconds")}
+    found = []
+    for name in sorted(places):
+        images = np.array(places[name])
+        done = images[restored[images]]
+        means = {what: _mean(numbers[done]) for what, numbers in values.items()}
+        found.append({"sequence": name, "images": len(images), "restored": len(done), **means})
+    return found
+
+
 def extremes(values: Floats) -> tuple[int, int, int] | None:
     """Positions of the least, the (lower) median and the greatest value; None when all are NaN."""
     order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]
@@ -108,7 +150,7 @@ def summarize(
     `identical_input` or `identical_restored`. PSNR and gain in dB, times in seconds. `protocols` names the
     convention the scores are under, as the rows do, and `conventions` says it in words; more than one of them
     means that the means mix what cannot be compared. `tiled` counts the restored images that went through in tiles,
-    `noted` all rows with a note; `notes` are the `MAX_NOTES` most frequent ones.
+    `noted` all rows with a note; `notes` are the `MAX_NOTES` most frequent ones. `sequences` is from `by_sequence`.
 
     Args:
         rows: from `read_rows`.
@@ -150,6 +192,7 @@ def summarize(
         "megapixels_per_network_second": float(pixels[timed].sum()) / network if network > 0 else None,
         "wall_seconds": wall_seconds,
         "images_per_second": handled / wall_seconds if wall_seconds and handled else None,
+        "sequences": by_sequence(rows),
     }
 
 
@@ -208,9 +251,9 @@ def score_table(summary: Summary) -> list[tuple[str, str, str, str]]:
     return [
         (
             label,
-            _format(form, summary[f"{name}_input"]),
-            _format(form, summary[name]),
-            _format(form.replace(":", ":+"), change),
+            number_text(summary[f"{name}_input"], form),
+            number_text(summary[name], form),
+            number_text(change, form.replace(":", ":+")),
         )
         for label, name, form, change in rows
         if summary[name] is not None or summary[f"{name}_input"] is not None
@@ -239,9 +282,9 @@ def fact_table(summary: Summary) -> list[tuple[str, str]]:
         ("Network time, mean per image", seconds_text(summary["network_seconds_mean"])),
         ("Network time, median", seconds_text(summary["network_seconds_p50"])),
         ("Network time, 95th percentile", seconds_text(summary["network_seconds_p95"])),
-        ("Megapixels per network second", _format("{:,.2f}", summary["megapixels_per_network_second"])),
+        ("Megapixels per network second", number_text(summary["megapixels_per_network_second"], "{:,.2f}")),
         ("Wall time", seconds_text(summary["wall_seconds"])),
-        ("Images per second", _format("{:,.2f}", summary["images_per_second"])),
+        ("Images per second", number_text(summary["images_per_second"], "{:,.2f}")),
     ]
     return [(what, value) for what, value in facts if value not in {"", UNKNOWN}]
 
@@ -272,10 +315,11 @@ def seconds_text(seconds: float | None) -> str:
 
 def decibels(gain: float) -> str:
     """A gain with its sign."""
-    return _format("{:+.2f} dB", gain)
+    return number_text(gain, "{:+.2f} dB")
 
 
-def _format(form: str, value: float | None) -> str:
+def number_text(value: float | None, form: str) -> str:
+    """`value` in a format such as "{:+.2f} dB", with a typographic minus; a dash for None."""
     return UNKNOWN if value is None else form.format(value).replace("-", "\N{MINUS SIGN}")
 
 

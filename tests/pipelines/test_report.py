@@ -15,17 +15,21 @@ from PIL import Image
 from nafnet.recipe import Recipe, Step
 from pipelines.records import REPORT_SCHEMA, Status
 from pipelines.report import (
+    MAX_SEQUENCES,
     ReportError,
+    by_sequence,
     count_line,
     extremes,
     fact_table,
     read_rows,
     seconds_text,
+    sequence,
     summarize,
     summary_markdown,
     write_summary,
 )
-from pipelines.report_html import MAX_FAILED, MAX_POINTS, write_report
+from pipelines.report_html import MAX_FAILED, MAX_LISTED, slowest, worst, write_report
+from pipelines.report_plots import MAX_POINTS, bars, plots
 from pipelines.report_sheet import CROP, load_strips, most_detailed, sheet_png, sheet_size
 from pipelines.storage import Store
 
@@ -329,6 +333,158 @@ def test_suspects_are_listed_with_their_reason_and_never_shown_as_restored(
     assert load_strips(table(suspect)) == ()
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("GOPR0384_11_00/blur/000001.png", "GOPR0384_11_00"),
+        ("test/GOPR0384_11_00/blur_gamma/000001.png", "GOPR0384_11_00"),
+        ("GOPR0384_11_00-000001.png", "GOPR0384_11_00"),
+        ("gopro-000000.tar/GOPR0384_11_00-000001.input.png", "GOPR0384_11_00"),
+        ("000/00000009.jpg", "000"),
+        ("val_blur_jpeg/000/00000009.jpg", "000"),
+        ("000_00000009.png", "000"),
+        ("0007_21.png", "0007"),
+        ("holiday/day one/0001.png", "holiday"),
+        ("shard-0.tar/holiday/0001.png", "holiday"),
+        ("shard-0.tar/0001.png", None),
+        ("GOPR0384.png", None),
+        ("0001.png", None),
+        ("photo_00000009.png", None),
+    ],
+)
+def test_sequences_are_read_off_the_keys_of_every_layout(key: str, name: str | None) -> None:
+    assert sequence(key) == name
+
+
+def test_each_sequence_has_a_row_of_counts_and_means(output: Store) -> None:
+    rows = table(
+        scored("b/1.png", 20.0, 30.0, seconds=1.0),
+        scored("b/2.png", 22.0, 26.0, seconds=3.0, ssim_2d=0.85),
+        scored("b/3.png", 24.0, math.inf),
+        scored("b/4.png", 1.0, 99.0, status="suspect", reason="implausible"),
+        scored("a/1.png", 30.0, 29.0, seconds=0.5),
+        row("c/1.png", status="missing", reason="gone"),
+        scored("alone.png", 10.0, 20.0),
+    )
+    summary = summarize(rows)
+    assert by_sequence(rows) == summary["sequences"]
+    a, b, c = summary["sequences"]
+    assert [each["sequence"] for each in (a, b, c)] == ["a", "b", "c"]
+    assert [(each["images"], each["restored"]) for each in (a, b, c)] == [(1, 1), (4, 3), (1, 0)]
+    assert (b["psnr_input"], b["psnr"], b["gain"]) == (22.0, 28.0, 7.0)
+    assert b["ssim_2d"] == pytest.approx((0.75 + 0.85 + 0.75) / 3)
+    assert (b["ssim_3d"], b["network_seconds_mean"]) == (None, 2.0)
+    assert (a["gain"], c["psnr"], c["gain"], c["network_seconds_mean"]) == (-1.0, None, None, None)
+    write_summary(output, summary)
+    assert json.loads(output.read("summary.json"))["sequences"] == summary["sequences"]
+
+    _, page = render(output, rows)
+    head = "Sequences 3 Sequence Images Before, dB Restored, dB Gain, dB SSIM 2D Time an image"
+    minus, dash = "\N{MINUS SIGN}", "\N{EN DASH}"
+    first = f"a 1 30.00 29.00 {minus}1.00 0.7500 500 ms"
+    second = "b 3 of 4 22.00 28.00 +7.00 0.7833 2.0 s"
+    assert f"{head} {first} {second} c 0 of 1 {dash} {dash} {dash} {dash} {dash} Scores" in page.text
+    assert "1 image of no sequence is left out." in page.text
+
+
+def test_one_sequence_or_too_many_are_no_table(output: Store) -> None:
+    def folders(count: int) -> pa.Table:
+        return table(*(row(f"{index:04}/x.png") for index in range(count)))
+
+    assert by_sequence(folders(0)) == by_sequence(folders(1)) == by_sequence(folders(MAX_SEQUENCES + 1)) == []
+    assert [each["sequence"] for each in by_sequence(folders(2))] == ["0000", "0001"]
+    assert len(by_sequence(folders(MAX_SEQUENCES))) == MAX_SEQUENCES
+    _, page = render(output, folders(1))
+    assert "Sequence" not in page.text
+    _, page = render(output, folders(2))
+    assert "Sequences 2 Sequence Images Time an image 0000 1" in page.text
+
+
+def test_the_worst_and_the_slowest_images_are_listed(output: Store) -> None:
+    rows = table(
+        *(scored(f"{index:02}", 20.0, 19.0 + index, seconds=float(20 - index), tiles=index + 1) for index in range(12)),
+        scored("equal", 20.0, math.inf, seconds=None),
+        scored("suspect", 20.0, 1.0, status="suspect", reason="no", seconds=60.0, tiles=4),
+    )
+    found = worst(rows)
+    assert [one["key"] for one in found] == [f"{index:02}" for index in range(MAX_LISTED)]
+    assert found[0] == {"key": "00", "psnr_input": 20.0, "psnr": 19.0, "gain": -1.0}
+    found = slowest(rows)
+    assert [one["key"] for one in found] == ["suspect", *(f"{index:02}" for index in range(MAX_LISTED - 1))]
+    assert found[1] == {"key": "00", "width": 1000, "height": 500, "seconds": 20.0, "tiles": 1}
+    _, page = render(output, rows)
+    head = "Worst and slowest Least gain Image Before, dB Restored, dB Gain, dB"
+    assert f"{head} 00 20.00 19.00 \N{MINUS SIGN}1.00 01 20.00 20.00 +0.00" in page.text
+    assert (
+        "Longest in the network Image Size Tiles Time suspect 1000 x 500 4 60.0 s 00 1000 x 500 1 20.0 s" in page.text
+    )
+
+
+def test_without_a_score_of_the_input_the_lowest_psnr_is_the_worst(output: Store) -> None:
+    rows = table(
+        *(scored(key, 1.0, after, psnr_input=None, seconds=None) for key, after in (("b", 31.0), ("a", 32.5))),
+        scored("c", 1.0, math.inf, psnr_input=None, seconds=None),
+    )
+    assert [(one["key"], one["gain"]) for one in worst(rows)] == [("b", None), ("a", None)]
+    _, page = render(output, rows)
+    assert "Worst Lowest PSNR Image PSNR, dB b 31.00 a 32.50 Environment" in page.text
+    assert "Longest in the network" not in page.text
+    assert page.tags.count("svg") == 2  # distributions alone
+    unscored = table(row("a", reason=None))
+    assert (worst(unscored), slowest(unscored)) == ([], [])
+    _, page = render(output, unscored)
+    assert not {"Worst", "Slowest", "Distributions"} & set(page.text.split())
+
+
+def test_plots_are_of_the_conventions_ssim_and_in_the_pages_colours(output: Store) -> None:
+    rows = table(scored("a", 20.0, 30.0), scored("b", 21.0, math.inf))
+    source, page = render(output, rows)
+    titles = [title for title, _, _ in plots(rows)]
+    assert titles == [
+        "PSNR, before and restored",
+        "SSIM 2D, before and restored",
+        "PSNR gain",
+        "Gain by input quality",
+        "Network time by size",
+    ]
+    assert all(title in page.text for title in titles)
+    assert "PSNR, before and restored 1 image " in page.text  # an infinite PSNR has no place on the axis
+    assert page.text.count("before restored") == 2  # the legends
+    assert all(f"var(--{colour})" in source for colour in ("soft", "accent"))
+    assert "#0a0b0c" not in source
+
+    volume = plots(table(scored("a", 20.0, 30.0, ssim_3d=0.9, ssim_3d_input=0.8)))
+    assert volume[1][0] == "SSIM 3D, before and restored"
+    (_, _, loss), (_, _, none) = (plots(table(scored("a", 30.0, 30.0 + gain)))[3] for gain in (-1.0, 1.0))
+    assert ("var(--bad)" in loss, "var(--bad)" in none) == (True, False)
+
+
+def test_bars_count_every_value_once_also_on_the_edges() -> None:
+    edges, counts = bars(np.array([0.3, 0.1, 0.7, 0.70001, 0.6999]), 0.1)
+    np.testing.assert_allclose(edges, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    assert counts.tolist() == [1, 0, 1, 0, 0, 1, 2]
+    values = np.random.default_rng(0).normal(30, 3, 5000).round(1)
+    edges, counts = bars(values, 0.2)
+    assert (counts.sum(), len(edges)) == (5000, len(counts) + 1)
+    edges, counts = bars(np.array([25.0, 25.0]), 0.01)
+    assert counts.tolist() == [2]
+    assert edges[0] == pytest.approx(25)
+
+
+def test_the_environment_is_shown_in_groups_and_the_rest_folded(output: Store) -> None:
+    source, page = render(output, table(row("a")), RUN | {"ray": {"nodes": 1, "pool": {"actors": 2}}})
+    shown = page.text[page.text.index("Environment") : page.text.index("More about this run")]
+    assert shown.startswith("Environment Versions torch 2.9 Machine gpus[0].name <b>GPU</b> note none Ray nodes 1 ")
+    assert shown.endswith("pool.actors 2 Recipe hash r1 tile 512 ")
+    folded = page.text[page.text.index("More about this run") :]
+    assert f"weights.sha256 {'ab' * 32} job.include *.png, *.jpg" in folded
+    assert "torch" not in folded
+    assert source.index("<h2>Environment</h2>") < source.index('<details class="run">')
+    _, page = render(output, table(row("a")), {"job": {"limit": 3}, "ray": None, "machine": {}})
+    assert "Environment" not in page.text
+    assert page.text.endswith(f"This run output {output.url()} job.limit 3 ray none machine none")
+
+
 def test_extremes_take_the_lower_median_and_ignore_nan() -> None:
     assert extremes(np.array([np.nan, 3.0, 1.0, 2.0, 4.0])) == (2, 3, 4)
     assert extremes(np.array([5.0])) == (0, 0, 0)
@@ -352,12 +508,11 @@ def test_page_shows_headline_crops_plots_and_run(output: Store, photos: list[dic
     for label, key, gain in (("worst", "a.png", 1), ("median", "b.png", 2), ("best", "sub/c.png", 3)):
         assert f"{label} {key} +{gain}.00 dB" in page.text
     assert "restored 23.00 dB · SSIM 2D 0.7500" in page.text
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 5
     assert len(page.values("img", "src")) == 9
     assert page.values("img", "width") == ["256"] * 6 + ["97"] * 3
     assert all(f"reason {status}" in page.text for status in list(Status)[1:])
-    assert "recipe.tile 512" in page.text
-    assert "machine.gpus[0].name <b>GPU</b> machine.note none" in page.text
+    assert "Machine gpus[0].name <b>GPU</b> note none Recipe hash r1 tile 512 More about this run" in page.text
     assert "job.include *.png, *.jpg job.empty none" in page.text
     assert "steps[0].tlc True steps[1].tlc False" in page.text
     assert "<b>" not in source
@@ -384,11 +539,14 @@ def test_everything_from_data_is_escaped(output: Store, photos: list[dict[str, A
         row("</table>" + hostile, status="missing", reason=f"no {hostile}"),
         row("odd", status='"><script>x</script>', reason=None),
     ]
-    source, page = render(output, table(*rows), {hostile: {"</details>": [hostile]}, "started_at": hostile})
+    run = {hostile: {"</details>": [hostile]}, "started_at": hostile, "machine": {hostile: hostile}, "ray": hostile}
+    source, page = render(output, table(*rows), run)
     assert "script" not in page.tags
     assert "<script" not in source
     assert f"</table>{hostile}" in page.text
     assert f"no {hostile}" in page.text
+    assert f"Machine {hostile} {hostile} More about this run" in page.text
+    assert "Sequences 2 " in page.text  # "<" and "<", which the slashes of the closing tags end
     assert not page.open
 
 
@@ -468,24 +626,36 @@ def test_crops_of_every_kind_of_pixel_are_rgb8(photos: list[dict[str, Any]], mod
         assert abs(int(crop.pixels.astype(int).mean()) - int(values.mean())) < 12
 
 
-def test_many_rows_stay_a_small_page(output: Store) -> None:
-    count = 20_000
+def test_many_rows_stay_a_small_page_the_same_every_time(output: Store) -> None:
+    count = 100_000
     rng = np.random.default_rng(0)
-    before, after = rng.normal(20, 2, count), rng.normal(30, 2, count)
-    rows = [scored(f"{index:06}", before[index], after[index]) for index in range(count)]
-    rows += [row(f"bad{index:04}", status="missing", reason="gone") for index in range(MAX_FAILED + 1234)]
-    source, page = render(output, table(*rows))
+    one = table(scored("a", 20.0, 30.0))
+    many = one.take(np.zeros(count, np.int64))
+    for name, values in {
+        "key": [f"{index % 150:03}/{index:08}.png" for index in range(count)],
+        "psnr_input": rng.normal(20, 2, count),
+        "psnr": rng.normal(30, 2, count),
+        "ssim_2d": rng.random(count),
+        "seconds": rng.random(count),
+    }.items():
+        many = many.set_column(many.column_names.index(name), one.schema.field(name), pa.array(values))
+    bad = [row(f"bad{index:04}", status="missing", reason="gone") for index in range(MAX_FAILED + 1234)]
+    rows = pa.concat_tables([many, table(*bad)])
+    source, page = render(output, rows)
     assert len(source) < 1_000_000
-    assert f"{MAX_POINTS:,} of 20,000 images, drawn at random" in page.text
+    assert f"{MAX_POINTS:,} of 100,000 images, drawn at random" in page.text
     assert "bad0099" in page.text
     assert "bad0100" not in page.text
     assert "and 1,234 more" in page.text
+    assert "Sequences 150 " in page.text
+    assert "1,334 images of no sequence are left out." in page.text
+    assert render(output, rows)[0] == source
 
 
 @pytest.mark.parametrize("gain", [0.0, 1e-9, -3.0])
 def test_equal_gains_still_make_a_page(output: Store, gain: float) -> None:
     _, page = render(output, table(scored("a", 30.0, 30.0 + gain), scored("b", 30.0, 30.0 + gain)))
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 5
 
 
 def test_identical_images_are_told_not_averaged(output: Store) -> None:
