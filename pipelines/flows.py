@@ -192,7 +192,7 @@ def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         logger.info("nothing to do: every image is finished under recipe %s", plan.recipe)
         return {}
     verbose = logger.isEnabledFor(logging.DEBUG)
-    work, placement = _work(prepared, plan), _placement(prepared.job)
+    work, placement = work_of(prepared, plan), placement_of(prepared.job)
     with PartWriter(Store(work.output)) as parts, Progress(len(plan.pairs)) as progress:
         watch = _Watch(progress)
 
@@ -204,7 +204,8 @@ def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         return engine.run(plan.pairs, work, placement, on_rows, verbose=verbose)
 
 
-def _work(prepared: Prepared, plan: Plan) -> Work:
+def work_of(prepared: Prepared, plan: Plan) -> Work:
+    """What every stage of a planned job needs to know."""
     job = prepared.job
     return Work(
         source=plan.source,
@@ -218,7 +219,8 @@ def _work(prepared: Prepared, plan: Plan) -> Work:
     )
 
 
-def _placement(job: RestoreJob) -> engine.Placement:
+def placement_of(job: RestoreJob) -> engine.Placement:
+    """Where a job runs."""
     return engine.Placement(job.ray_address, job.actors, job.gpus_per_actor)
 
 
@@ -372,7 +374,7 @@ def _moved(job: RestoreJob, trial: Trial, places: Sequence[int], before: Sequenc
     keys = plan.keys.take(pa.array([at for at in places if at < len(plan.keys)], pa.int64()))
     made: list[pa.Table] = []
     pairs = plan.pairs.filter(pc.is_in(plan.pairs["key"], value_set=keys))
-    engine.run(pairs, _work(prepared, plan), _placement(other), made.append)
+    engine.run(pairs, work_of(prepared, plan), placement_of(other), made.append)
     scores = {row["key"]: row["psnr"] for rows in made for row in rows.to_pylist()}
     after = [scores.get(key) for key in keys.to_pylist()]
     both = [

@@ -379,7 +379,7 @@ def test_each_sequence_has_a_row_of_counts_and_means(output: Store) -> None:
     assert json.loads(output.read("summary.json"))["sequences"] == summary["sequences"]
 
     _, page = render(output, rows)
-    head = "Sequences 3 Sequence Images Before, dB Restored, dB Gain, dB SSIM 2D Time an image"
+    head = "Sequences 3 Sequence Images Before, dB Restored, dB Gain, dB SSIM 2D Time"
     minus, dash = "\N{MINUS SIGN}", "\N{EN DASH}"
     first = f"a 1 30.00 29.00 {minus}1.00 0.7500 500 ms"
     second = "b 3 of 4 22.00 28.00 +7.00 0.7833 2.0 s"
@@ -397,7 +397,7 @@ def test_one_sequence_or_too_many_are_no_table(output: Store) -> None:
     _, page = render(output, folders(1))
     assert "Sequence" not in page.text
     _, page = render(output, folders(2))
-    assert "Sequences 2 Sequence Images Time an image 0000 1" in page.text
+    assert "Sequences 2 Sequence Images Time 0000 1" in page.text
 
 
 def test_the_worst_and_the_slowest_images_are_listed(output: Store) -> None:
