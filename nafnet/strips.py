@@ -278,9 +278,11 @@ def _before_scale(conv: nn.Conv2d, scale: Tensor, dtype: torch.dtype) -> tuple[T
 
 
 def _linear(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """1x1 convolutions as linear layers on pixels; other layers as they are."""
+    """1x1 convolutions as linear layers on pixels; what comes after them works in place."""
+    if isinstance(layer, nn.ReLU):
+        return torch.relu_
     if not isinstance(layer, nn.Conv2d):
-        return layer
+        return torch.sigmoid_
     weight, bias = _weights(layer.weight[..., 0, 0], dtype), _weights(cast(Tensor, layer.bias), dtype)
     return partial(F.linear, weight=weight, bias=bias)
 

@@ -1,9 +1,7 @@
 """The `nafnet` command. Ray and Prefect are loaded by the commands that need them, so the others start at once."""
 
 import json
-import logging
 import math
-import os
 import re
 import statistics
 import sys
@@ -25,6 +23,7 @@ from nafnet.recipe import Precision
 from nafnet.tlc import windows
 from pipelines import cli_datasets
 from pipelines.cli_benchmark import benchmark
+from pipelines.cli_common import clear_errors, end_early, fail, job_of, quiet
 
 app = typer.Typer(
     help="Restore, score and account for image collections with NAFNet.",
@@ -151,9 +150,9 @@ def restore(
     for name in ("include", "checkpoint"):
         if given[name] is None:
             del given[name]
-    _quiet(verbose)
-    with _clear_errors():
-        job = _job(given)
+    quiet(verbose)
+    with clear_errors():
+        job = job_of(given)
         if dry_run:
             _dry_run(job)
             return
@@ -179,7 +178,7 @@ def score(
     from pipelines.score import score_folders
 
     count = failed = 0
-    with _clear_errors():
+    with clear_errors():
         convention = Convention(protocol, metrics, crop_border, y_channel)
         columns: dict[str, list[float]] = {name: [] for name in convention.scores}
         print(" ".join(f"{label(name):>8}" for name in columns) + "  image")
@@ -201,7 +200,7 @@ def score(
         if len(columns["psnr"]) < count:
             print(f"{count - len(columns['psnr'])} images equal their reference: not in the mean PSNR")
     if failed:
-        _fail(f"{failed} images could not be scored", code=1)
+        fail(f"{failed} images could not be scored", code=1)
 
 
 @app.command()
@@ -227,7 +226,7 @@ def compare(
     from pipelines.compare_html import write_comparison
     from pipelines.storage import Store
 
-    with _clear_errors():
+    with clear_errors():
         comparison = comparing.compare([comparing.load_run(run) for run in runs], tolerance)
         page = write_comparison(Store(output), comparison)
     print(comparing.terminal(comparison))
@@ -296,7 +295,7 @@ def info(
     given = {dial: value for dial, value in shape.items() if value is not None}
     problems: list[str] = []
     rows: list[Ablation] | None = None
-    with _clear_errors():
+    with clear_errors():
         with _noting(problems):
             image = _image_size(size)
         with _noting(problems):
@@ -367,7 +366,7 @@ def train(
             flush=True,
         )
 
-    with _clear_errors():
+    with clear_errors():
         if out.suffix != ".safetensors":
             raise ValueError(f"OUT must end in .safetensors, which is what is written: got {out}")
         network = NetConfig(
@@ -402,13 +401,13 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Add noise to real photographs, restore them with the bundled weights, and score them against the originals."""
-    _quiet(verbose)
+    quiet(verbose)
     from pipelines.demo import SIGMA, make_photos
 
     degraded, original = make_photos(folder)
     print(f"photographs with noise of sigma {SIGMA:g}: {degraded}")
-    with _clear_errors():
-        job = _job({"source": str(degraded), "output": str(folder / "restored"), "reference": str(original)})
+    with clear_errors():
+        job = job_of({"source": str(degraded), "output": str(folder / "restored"), "reference": str(original)})
     _run_restore(job)
 
 
@@ -578,7 +577,7 @@ def _run_restore(job: Any) -> None:
 
     state = flow(**job.model_dump(), return_state=True)
     if not state.is_completed() and state.name != INCOMPLETE:
-        _say_why(state)
+        end_early(state)
     output = Store(job.output)
     summary = json.loads(output.read("summary.json"))
     print(count_line(summary))
@@ -594,16 +593,7 @@ def _run_restore(job: Any) -> None:
     print(f"images     {output.url('images')}")
     print(f"report     {output.url('report.html')}")
     if not state.is_completed():
-        _fail(f"{state.message}: the report says which and why; --retry-failed tries those again", code=1)
-
-
-def _say_why(state: Any) -> None:
-    """End with what stopped the run: a message for what a person can mend, a traceback for the rest."""
-    error = state.result(raise_on_failure=False)
-    with _clear_errors(code=1):
-        if isinstance(error, BaseException):
-            raise error
-    _fail(f"the run ended early: {state.message}", code=1)
+        fail(f"{state.message}: the report says which and why; --retry-failed tries those again", code=1)
 
 
 def _dry_run(job: Any) -> None:
@@ -636,47 +626,8 @@ def _dry_run(job: Any) -> None:
     print("nothing was written")
 
 
-def _job(given: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    from pipelines.settings import RestoreJob
-
-    try:
-        return RestoreJob.model_validate(given)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False, include_context=False, include_input=False):
-            name = ".".join(str(part) for part in problem["loc"])
-            option = f"--{name.replace('_', '-')}: " if name and name not in {"source", "output"} else f"{name}: "
-            lines.append((option if name else "") + problem["msg"].removeprefix("Value error, "))
-        raise ValueError("\n        ".join(lines)) from error
-
-
-@contextmanager
-def _clear_errors(code: int = 2) -> Iterator[None]:
-    """What a person can mend is one message and an exit code, and a traceback only with -v."""
-    expected: tuple[type[Exception], ...] = (ValueError, OSError)  # CheckpointError is a ValueError
-    try:
-        from pipelines.report import ReportError
-        from pipelines.storage import StorageError
-
-        expected += (StorageError, ReportError)
-    except ModuleNotFoundError:
-        pass  # the model library alone: no storage, no storage errors
-    try:
-        yield
-    except expected as error:
-        logging.getLogger(__name__).debug("where it was raised", exc_info=error)
-        _fail(str(error), code=code)
-
-
 def _score(value: float | None) -> str:
     return f"{'-':>8}" if value is None else f"{value:8.4f}"
-
-
-def _fail(message: str, *, code: int = 2) -> None:
-    print(f"nafnet: {message}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 def _counts(text: str, option: str) -> tuple[int, ...]:
@@ -684,22 +635,3 @@ def _counts(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise ValueError(f"{option} takes numbers with commas between, such as 1,1,1,28; got {text!r}") from error
-
-
-def _quiet(verbose: bool) -> None:
-    """Our own lines to stderr; Ray's and Prefect's only when asked for. Must come before Prefect is imported."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("nafnet", "pipelines"):
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).propagate = False  # Prefect's root handler would say it again
-        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    # Its temporary server takes longer than its default of 20 s on a busy machine.
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    if verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "warning")
-    else:
-        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")

@@ -198,7 +198,7 @@ def test_a_chain_with_strength_and_self_ensemble(
     assert run["weights"] == {"checkpoint": list(chain), "sha256": "+".join(hashes)}
     assert [step["weights"] for step in run["recipe"]["steps"]] == hashes
     page = (tmp_path / "out" / "report.html").read_text()
-    assert f"recipe.steps[1].weights</th><td><code>{hashes[1]}" in page
+    assert f"<dt>steps[1].weights</dt><dd><code>{hashes[1]}" in page
 
 
 def test_the_convention_is_settled_with_the_checkpoint(tmp_path: Path, checkpoint_file: Path) -> None:
