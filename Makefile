@@ -22,8 +22,8 @@ check: $(VENV)/.dev ## Lint, format, strict types, import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-bench: $(VENV)/.dev ## Measure speed on this machine, as ratios to a plain implementation
-	@$(BIN)/python -m tests.benchmarks
+bench: $(VENV)/.dev ## Measure this machine, as ratios to plain implementations; PARTS="networks pictures" for some
+	@$(BIN)/python -m tests.benchmarks $(PARTS)
 
 clean: ## Remove the environment and everything that was made
 	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

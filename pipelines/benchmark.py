@@ -329,31 +329,35 @@ _TABLE = pa.schema(
 )
 
 
+_HEAD = (
+    ("Data set", "Checkpoint", "Run"),
+    ("PSNR published", "ours", "off by", "SSIM-3D published", "ours", "off by"),
+    ("",),
+)
+
+
 def table_markdown(verdicts: Sequence[Verdict]) -> str:
-    """One line a run, in the order they were made."""
-    head = (
-        "Data set",
-        "Checkpoint",
-        "Run",
-        "PSNR published",
-        "ours",
-        "off by",
-        "SSIM-3D published",
-        "ours",
-        "off by",
-        "",
-    )
-    text = [f"| {' | '.join(head)} |", "|---|---|---|--:|--:|--:|--:|--:|--:|---|"]
+    """One line a run, in the order they were made; columns line up, for a terminal."""
+    words, numbers, last = _HEAD
+    table = [[*words, *numbers, *last]]
     for verdict in verdicts:
         goal = verdict.published
-        cells = (
-            *(verdict.data, verdict.checkpoint.replace("|", "\\|"), verdict.kind),
-            *(_number(goal.psnr), _number(verdict.psnr), _number(verdict.psnr_off, "+")),
-            *(_number(goal.ssim_3d), _number(verdict.ssim_3d), _number(verdict.ssim_off, "+")),
-            "reproduced" if verdict.reproduced else "not reproduced",
+        table.append(
+            [
+                *(verdict.data, verdict.checkpoint.replace("|", "\\|"), verdict.kind),
+                *(_number(goal.psnr), _number(verdict.psnr), _number(verdict.psnr_off, "+")),
+                *(_number(goal.ssim_3d), _number(verdict.ssim_3d), _number(verdict.ssim_off, "+")),
+                "reproduced" if verdict.reproduced else "not reproduced",
+            ]
         )
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text) + "\n"
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
+    right = range(len(words), len(words) + len(numbers))
+    rule = ["-" * (width - 1) + ":" if i in right else "-" * width for i, width in enumerate(widths)]
+    lines = [
+        [cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        for row in (table[0], rule, *table[1:])
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _number(value: float | None, sign: str = "") -> str:

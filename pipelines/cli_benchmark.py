@@ -69,7 +69,7 @@ def benchmark(
     from pydantic import ValidationError
 
     from pipelines import flows
-    from pipelines.benchmark import Verdict, lines, read_verdict, write_table
+    from pipelines.benchmark import Verdict, lines, read_verdict, table_markdown, write_table
     from pipelines.storage import Store
 
     settings = {
@@ -99,7 +99,8 @@ def benchmark(
             verdicts.append(verdict)
             print("\n".join(lines(verdict)))
             print(f"report     {Store(place).url('report.html')}\n")
-        if len(verdicts) > 1:
+        if all_ or len(verdicts) > 1:
+            print(table_markdown(verdicts))
             for kind, where_to in write_table(Store(base), verdicts).items():
                 print(f"{kind:<10} {where_to}")
     failed = [f"{verdict.data} {verdict.checkpoint}" for verdict in verdicts if not verdict.reproduced]
