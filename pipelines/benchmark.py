@@ -354,7 +354,7 @@ def table_markdown(verdicts: Sequence[Verdict]) -> str:
     right = range(len(words), len(words) + len(numbers))
     rule = ["-" * (width - 1) + ":" if i in right else "-" * width for i, width in enumerate(widths)]
     lines = [
-        [cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)]
         for row in (table[0], rule, *table[1:])
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

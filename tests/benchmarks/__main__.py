@@ -21,7 +21,6 @@ from pipelines.demo import make_photos, photographs
 from tests.benchmarks import cuda, networks, pictures, throughput
 from tests.benchmarks.timing import HEADER, Row
 
-
 Part = tuple[list[Row], list[str]]  # of the table, and lines below it
 
 

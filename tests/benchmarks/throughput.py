@@ -1,8 +1,8 @@
 """A whole run on GoPro's count of made pairs against its parts in a plain loop on the same cores.
 
 The loop is as bare as it can be: a process for each core, and in it decoder, network and scorer one image after the
-other; no Ray, no Prefect, no report, and nothing is encoded or written. The run is the `nafnet restore` command with all
-that it does, from its start to its end.
+other; no Ray, no Prefect, no report, and nothing is encoded or written. The run is the `nafnet restore` command with
+all that it does, from its start to its end.
 """
 
 import subprocess

@@ -302,7 +302,12 @@ def test_the_table_of_many_runs(tmp_path: Path) -> None:
     places = benchmark.write_table(Store(str(tmp_path)), verdicts)
     lines = Path(places["table"]).read_text().splitlines()
     assert len({len(line) for line in lines}) == 1  # columns line up
-    cells = ["gopro", "a\\|b", "float32, whole images", *"33.7103 33.0800 -0.6303 0.9668 0.9600 -0.0068".split()]
+    cells = [
+        "gopro",
+        "a\\|b",
+        "float32, whole images",
+        *["33.7103", "33.0800", "-0.6303", "0.9668", "0.9600", "-0.0068"],
+    ]
     assert re.split(r"\s+\|\s+", lines[3].strip("| ")) == [*cells, "not reproduced"]
     rows = pq.read_table(places["rows"]).to_pylist()
     assert [row["reproduced"] for row in rows] == [True, False]
