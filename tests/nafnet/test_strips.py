@@ -164,6 +164,6 @@ def test_long_running_sums_stay_exact():
     """A running sum that was never made anew would carry the rounding errors of 5000 rows."""
     x = torch.rand(5000, 3, 4, generator=torch.Generator().manual_seed(0)) + 100
     right = x.double().unfold(0, 24, 1).mean(-1)
-    means = torch.cat([means.expand(stop - start, -1, -1) for start, stop, means in sliding_means(x, 24, 16)])
+    means = torch.cat([means.expand(stop - start, -1, -1).clone() for start, stop, means in sliding_means(x, 24, 16)])
     inner = means[11 : 11 + len(right)].double()
     torch.testing.assert_close(inner, right.mean(1, keepdim=True), atol=6e-5, rtol=0)

@@ -56,7 +56,7 @@ def test_windows_of_any_side_on_images_of_any_size(height, width, side, rows):
     for top, bottom, means in sliding_means(x[0].permute(1, 2, 0), side, rows):
         assert top == sum(part.shape[2] for part in made)  # from the first row on, none twice and none left out
         across = spread(means.permute(2, 0, 1)[None], bottom - top, width)
-        made.append(across.expand(1, 2, bottom - top, width))
+        made.append(across.expand(1, 2, bottom - top, width).clone())
     torch.testing.assert_close(torch.cat(made, dim=2).double(), right, atol=1e-6, rtol=0)
 
 
