@@ -1,5 +1,6 @@
 """What the tests share: small networks in files, real photographs, and one Prefect server for the whole session."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,10 +50,28 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """A command that is called in this process takes our loggers to its own stderr."""
+    loggers = [logging.getLogger(name) for name in ("nafnet", "pipelines")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    """Prefect's own harness: a real server on a database of its own."""
+def prefect_server() -> Iterator[str]:
+    """Prefect's own harness: a real server on a database of its own, for flows in this process; its API's URL."""
+    from prefect.settings import get_current_settings
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=90):
-        yield
+        yield str(get_current_settings().api.url)
+
+
+@pytest.fixture
+def command_environment(prefect_server: str) -> dict[str, str]:
+    """For commands in processes of their own: the session's server, where each would start one, and plain output."""
+    return {**os.environ, "PREFECT_API_URL": prefect_server, "NO_COLOR": "1", "COLUMNS": "100"}

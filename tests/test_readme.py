@@ -33,13 +33,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment(place: Path) -> dict[str, str]:
-    paths = {"PATH": f"{BIN}:{os.environ['PATH']}", "PREFECT_HOME": str(place / "prefect")}
-    return {**os.environ, **paths, "NO_COLOR": "1", "COLUMNS": "100"}
+@pytest.fixture
+def environment(command_environment: dict[str, str]) -> dict[str, str]:
+    return {**command_environment, "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
-def test_commands_print_what_is_shown(place: Path, page: Path) -> None:
+def test_commands_print_what_is_shown(place: Path, page: Path, environment: dict[str, str]) -> None:
     commands = 0
     for block in blocks(page, "console"):
         for command, shown in re.findall(r"^\$ ((?:.*\\\n)*.*)\n((?:[^$].*\n|\n)*)", block, re.MULTILINE):
@@ -47,7 +47,7 @@ def test_commands_print_what_is_shown(place: Path, page: Path) -> None:
                 continue  # what a person does once; the Makefile itself is what runs this test
             commands += 1
             done = subprocess.run(
-                command, shell=True, cwd=place, env=environment(place), capture_output=True, text=True, check=False
+                command, shell=True, cwd=place, env=environment, capture_output=True, text=True, check=False
             )
             printed = {shape(line.replace(str(place), "~")) for line in (done.stdout + done.stderr).splitlines()}
             missing = [
@@ -57,11 +57,11 @@ def test_commands_print_what_is_shown(place: Path, page: Path) -> None:
     assert commands >= (5 if page == README else 2)
 
 
-def test_python_examples_run(place: Path) -> None:
+def test_python_examples_run(place: Path, environment: dict[str, str]) -> None:
     examples = blocks(README, "python")
     assert examples
     for code in examples:
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=place, env=environment(place), capture_output=True, text=True, check=False
+            [sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{code}\n{done.stderr}"

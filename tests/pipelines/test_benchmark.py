@@ -315,13 +315,13 @@ def test_the_table_of_many_runs(tmp_path: Path) -> None:
     assert Path(places["plot"]).read_text().count("</svg>") == 1
 
 
-def test_the_command(tmp_path: Path, weights: Path, gopro: Path) -> None:
+def test_the_command(tmp_path: Path, weights: Path, gopro: Path, command_environment: dict[str, str]) -> None:
     score = expected("gopro", gopro, tlc=True, rounds=True)
 
     words = ["benchmark", "gopro", "--data", gopro, "--checkpoint", weights, "--tlc", "--train-size", CROP]
     words += ["--images", 4, "--output", tmp_path / "out", "--expect", f"{score[0]:.4f},{score[1]:.4f}"]
     command = [str(Path(sys.executable).with_name("nafnet")), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=command_environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "verdict    reproduced: the value given" in done.stdout
     assert re.search(r"PSNR +\d\d\.\d{4} +\d\d\.\d{4} +[+-]0\.000\d dB  \(tolerance 0\.01\)", done.stdout)
