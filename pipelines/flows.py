@@ -38,16 +38,7 @@ from nafnet.recipe import Precision, Recipe, Tile
 from nafnet.restore import Restorer, settle
 from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
-from pipelines import (
-    compare_html,
-    datasets,
-    engine,
-    manifest,
-    report,
-    report_html,
-    report_sheet,
-    retry,
-)
+from pipelines import compare_html, datasets, engine, manifest, report, report_html, report_sheet, retry
 from pipelines.benchmark import Cause, Published, Trial, Verdict
 from pipelines.datasets import IMAGES, DataName, Found
 from pipelines.manifest import Plan

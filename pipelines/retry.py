@@ -60,7 +60,7 @@ _total = Count()
 
 @contextmanager
 def counted() -> Iterator[Count]:
-    """Counts the retries of this thread within the block."""
+    """Counts the retries of this thread, and of listings that it reads, within the block."""
     count = Count()
     before = _counting.set(count)
     try:
@@ -100,9 +100,9 @@ def persist(what: str, call: Callable[[], T]) -> T:
 
 def _note(what: str, state: RetryCallState) -> None:
     with _lock:
-        _total.retries += 1
-    if count := _counting.get():
-        count.retries += 1
+        for count in (_total, _counting.get()):
+            if count is not None:
+                count.retries += 1
     logger.debug("%s: trying again after %r", what, _error(state))
 
 

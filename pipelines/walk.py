@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
@@ -32,12 +33,16 @@ Fetch = Callable[[str, str | None], Page[T]]
 def walk(fetch: Fetch[T]) -> Iterator[tuple[str, T]]:
     """Every file below the folder '', sorted by key, with a few pages in memory."""
     pool = ThreadPoolExecutor(_AT_ONCE, "listing")
+
+    def ask(folder: str, more: str | None) -> "Future[Page[T]]":
+        return pool.submit(copy_context().run, fetch, folder, more)  # so that retries count as the caller's
+
     try:
-        entered = [_level(pool, fetch, "", pool.submit(fetch, "", None))]
+        entered = [_level(ask, "", ask("", None))]
         while entered:
             for key, found in entered[-1]:
                 if isinstance(found, Future):
-                    entered.append(_level(pool, fetch, key, found))
+                    entered.append(_level(ask, key, found))
                     break
                 yield key, found
             else:
@@ -47,18 +52,18 @@ def walk(fetch: Fetch[T]) -> Iterator[tuple[str, T]]:
 
 
 def _level(
-    pool: ThreadPoolExecutor, fetch: Fetch[T], folder: str, first: "Future[Page[T]]"
+    ask: "Callable[[str, str | None], Future[Page[T]]]", folder: str, first: "Future[Page[T]]"
 ) -> "Iterator[tuple[str, T | Future[Page[T]]]]":
     """What one folder holds; its own folders with their first page, which is on its way."""
     following: Future[Page[T]] | None = first
     while following is not None:
         page = following.result()
-        following = pool.submit(fetch, folder, page.more) if page.more else None
+        following = ask(folder, page.more) if page.more else None
         folders = (key for key, found in page.items if found is None)
-        ahead = deque(pool.submit(fetch, key, None) for key in islice(folders, _AHEAD))
+        ahead = deque(ask(key, None) for key in islice(folders, _AHEAD))
         for key, found in page.items:
             if found is not None:
                 yield key, found
                 continue
-            ahead.extend(pool.submit(fetch, upcoming, None) for upcoming in islice(folders, 1))
+            ahead.extend(ask(upcoming, None) for upcoming in islice(folders, 1))
             yield key, ahead.popleft()
