@@ -65,7 +65,7 @@ def work_and_pairs(
         device="cpu",
         max_pixels=10**6,
     )
-    return work, plan(job, recipe.hash, protocol).pairs
+    return work, next(plan(job, recipe.hash, protocol, place=Store(str(places / "plan"))).tables())
 
 
 def walk(work: Work, pairs: pa.Table) -> list[dict[str, object]]:
