@@ -22,6 +22,7 @@ from pipelines.manifest import plan
 from pipelines.records import REPORT_SCHEMA
 from pipelines.settings import RestoreJob
 from pipelines.stages import RestoreActor, Work, fetch, finish
+from pipelines.storage import Store
 from tests.conftest import GOPRO_LIKE, random_network, save_published
 
 
