@@ -94,12 +94,11 @@ def lines(findings: Findings) -> list[str]:
 
 
 def _unpaired(entries: list[Entry], references: list[Entry], found: Found) -> list[str]:
-    find_partner = partners(references, found.pair)
-    pairs = {entry.key: find_partner(entry.key) for entry in entries}
+    pairs = partners(entries, references, found.pair)
     problems = []
-    if lonely := [key for key, partner in pairs.items() if partner is None]:
+    if lonely := [entry.key for entry, partner in zip(entries, pairs, strict=True) if partner is None]:
         problems.append(f"{len(lonely)} images have no reference: {_named(lonely)}")
-    used = {partner.key for partner in pairs.values() if partner is not None}
+    used = {partner.key for partner in pairs if partner is not None}
     extra = [entry.key for entry in references if entry.key not in used and _is_reference(entry.key, found)]
     if extra:
         problems.append(f"{len(extra)} references have no image: {_named(extra)}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from nafnet.memory import process_bytes
 from nafnet.model import Activation, Attention, NetConfig, Network, Norm, Sigma, parameters
 from nafnet.recipe import Precision
 from nafnet.tlc import windows
-from pipelines import cli_datasets
+from pipelines import cli_datasets, cli_report
 from pipelines.cli_benchmark import benchmark
 from pipelines.cli_common import Storage, clear_errors, end_early, fail, job_of, quiet, use_storage
 
@@ -132,6 +133,12 @@ def restore(
     limit: Annotated[int | None, typer.Option(help="Only the first so many keys, in order of their names.")] = None,
     max_failed: Annotated[int, typer.Option(help="How many images may fail before the run ends red.")] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Also redo what an earlier run could not restore.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Start anew: what earlier runs reported does not count. Leave it out to go on after a stop."
+        ),
+    ] = False,
     max_megapixels: Annotated[float, typer.Option(help="Images larger than this are refused.")] = 250,
     storage: Storage = None,
     dry_run: Annotated[
@@ -242,6 +249,7 @@ def compare(
 
 app.command()(benchmark)
 app.add_typer(cli_datasets.app, name="datasets")
+app.add_typer(cli_report.app, name="report")
 
 
 @app.command()
@@ -609,18 +617,20 @@ def _dry_run(job: Any) -> None:
     from pipelines.flows import prepare
     from pipelines.manifest import plan
     from pipelines.stages import load_restorer
+    from pipelines.storage import Store
 
     prepared = prepare(job)
-    todo = plan(job, prepared.recipe.hash, prepared.protocol)
     memory = None
     if job.ray_address == "local" and not job.gpus_per_actor:  # else its actors are on machines that are not seen here
         pool, threads = this_machine().pool(job.actors, 0)
         torch.set_num_threads(threads)
         memory = available_bytes(share=pool.memory_share())
     restorer = load_restorer(prepared.weights, prepared.recipe, memory=memory)
-    cost = estimate(todo, open_collection(todo.source), restorer, max_pixels=int(job.max_megapixels * 1e6))
-    print(f"images     {todo.matched} match: {len(todo.pairs)} to restore, {todo.finished} finished, ", end="")
-    print(f"{len(todo.decided)} that cannot be")
+    with TemporaryDirectory() as folder:
+        todo = plan(job, prepared.recipe.hash, prepared.protocol, place=Store(folder))
+        cost = estimate(todo, open_collection(todo.source), restorer, max_pixels=int(job.max_megapixels * 1e6))
+    print(f"images     {todo.matched} match: {todo.to_restore} to restore, {todo.finished} finished, ", end="")
+    print(f"{todo.decided} that cannot be")
     print(f"recipe     {todo.recipe}, protocol {prepared.protocol}")
     if cost.sampled:
         height, width = cost.largest

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import torch
 
 from nafnet.recipe import Recipe
+from pipelines.listing import ROWS
 from pipelines.records import Status
 from pipelines.report import (
     UNKNOWN,
@@ -629,8 +630,11 @@ def inputs_hash(rows: pa.Table) -> str:
     the same files may have another hash.
     """
     content = hashlib.sha256()
-    for pair in sorted(zip(rows["key"].to_pylist(), rows["fingerprint"].to_pylist(), strict=True)):
-        content.update(json.dumps(pair).encode() + b"\n")
+    pairs = rows.select(["key", "fingerprint"])
+    pairs = pairs.sort_by([(name, "ascending") for name in pairs.column_names])
+    for some in pairs.to_batches(max_chunksize=ROWS):
+        for pair in zip(*(values.to_pylist() for values in some.columns), strict=True):
+            content.update(json.dumps(pair).encode() + b"\n")
     return content.hexdigest()
 
 

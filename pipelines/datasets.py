@@ -5,15 +5,21 @@ A data set is read as it is distributed: what is found below a URL becomes the `
 """
 
 import posixpath
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache, partial
 from typing import Any, Literal, get_args
 
-from pipelines.storage import Entry, StorageError, Store
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.listing import mapped
+from pipelines.storage import Entry, StorageError, Store, readable
 
 DataName = Literal["gopro", "sidd", "reds"]
-Partners = Callable[[str], Entry | None]
 
 IMAGES = ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.webp", "*.bmp")
 
@@ -151,28 +157,36 @@ def _url(store: Store, *parts: str) -> str:
     return f"{store.url()}/{tail}" if tail else store.url()
 
 
-def partners(references: Iterable[Entry], rule: str | None = None) -> Partners:
-    """Pair by relative key: the same one, else the only one that differs in its extension alone.
+def partners(entries: Iterable[Entry], references: Sequence[Entry], rule: str | None = None) -> list[Entry | None]:
+    """The reference of each entry, None where there is none (or several); `partner_places` says how it is found."""
+    keys, theirs = (pa.array([readable(one.key) for one in those], pa.string()) for those in (entries, references))
+    places = partner_places(keys, theirs, rule).to_pylist()
+    return [None if place is None else references[place] for place in places]
 
-    With a rule `old=new` the reference's key is the image's with the folder `old` called `new`, or where no folder of
-    the key is called so, with that part of its last name replaced; a key without `old` has no reference.
 
-    Returns a function from a degraded image's key to its reference's entry, or None when there is none (or several).
+def partner_places(keys: pa.ChunkedArray, references: pa.ChunkedArray, rule: str | None = None) -> pa.ChunkedArray:
+    """Where in `references` (keys, no two alike) the partner of each key stands, int32; null where there is none.
+
+    Pairs by relative key: the same one, else the only one that differs in its extension alone. With a rule `old=new`
+    the reference's key is the image's with the folder `old` called `new`, or where no folder of the key is called so,
+    with that part of its last name replaced; a key without `old` has no reference.
     """
-    by_key: dict[str, Entry] = {}
-    by_stem: dict[str, Entry | None] = {}
-    for entry in references:
-        by_key[entry.key] = entry
-        stem = posixpath.splitext(entry.key)[0]
-        by_stem[stem] = entry if stem not in by_stem else None  # two candidates: neither is certain
+    named = keys if rule is None else mapped(keys, partial(reference_key, rule=rule))
+    places = pc.index_in(named, value_set=references)
+    if places.null_count == 0:
+        return places
+    stems = mapped(references, _stem).combine_chunks().dictionary_encode()
+    codes = stems.indices.to_numpy()
+    only = np.full(len(stems.dictionary), -1, np.int32)
+    only[codes] = np.arange(len(codes), dtype=np.int32)
+    only[np.bincount(codes) > 1] = -1  # two candidates: neither is certain
+    found = pc.index_in(mapped(named, _stem), value_set=stems.dictionary)
+    by_stem = pa.array(only, mask=only < 0).take(found)
+    return pc.coalesce(places, by_stem)
 
-    def partner(key: str) -> Entry | None:
-        named = key if rule is None else reference_key(key, rule)
-        if named is None:
-            return None
-        return by_key.get(named) or by_stem.get(posixpath.splitext(named)[0])
 
-    return partner
+def _stem(key: str) -> str:
+    return posixpath.splitext(key)[0]
 
 
 def reference_key(key: str, rule: str) -> str | None:
@@ -189,6 +203,11 @@ def reference_key(key: str, rule: str) -> str | None:
 
 def matches(key: str, globs: Iterable[str]) -> bool:
     """Whether one of the globs fits the whole key or its last part, without regard to upper and lower case."""
+    fits = _pattern(tuple(globs)).match
     lower = key.lower()
-    name = lower.rpartition("/")[2]
-    return any(fnmatchcase(lower, glob.lower()) or fnmatchcase(name, glob.lower()) for glob in globs)
+    return bool(fits(lower) or fits(lower.rpartition("/")[2]))
+
+
+@lru_cache
+def _pattern(globs: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(translate(glob.lower()) for glob in globs) or r"(?!)")

@@ -152,9 +152,14 @@ def _stderr_shut(shut: bool) -> Iterator[None]:
 
 
 def run(
-    pairs: pa.Table, work: Work, placement: Placement, on_rows: Callable[[pa.Table], None], *, verbose: bool = False
+    parts: Iterable[pa.Table],
+    work: Work,
+    placement: Placement,
+    on_rows: Callable[[pa.Table], None],
+    *,
+    verbose: bool = False,
 ) -> dict[str, Any]:
-    """Restore every pair (`MANIFEST_SCHEMA`) and hand each its row (`REPORT_SCHEMA`) to `on_rows`, as they come.
+    """Restore every pair of every part (`MANIFEST_SCHEMA`) and hand each its row (`REPORT_SCHEMA`) to `on_rows`.
 
     Exactly one row comes back for every pair. Rows that a first pass lost, because a process died or a stage failed
     on something other than a bad image, are tried again one by one; what kills its process again ends as `crashed`.
@@ -163,6 +168,7 @@ def run(
     Raises:
         ValueError: the placement asks for more than the cluster has.
     """
+    pairs = pa.concat_tables(parts)
     with connect(placement.address, verbose=verbose) as cluster:
         pool, threads = cluster.pool(placement.actors, placement.gpus_per_actor)
         work = replace(work, threads=threads, memory_share=pool.memory_share(cluster.nodes))

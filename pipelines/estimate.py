@@ -1,6 +1,7 @@
 """What a job would cost, measured on a sample of it, without writing anything."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +30,8 @@ class Estimate:
 
 def estimate(plan: Plan, source: Collection, restorer: Restorer, *, max_pixels: int) -> Estimate:
     """Open a few images spread over the plan, time the network on a small one, and extrapolate."""
-    keys = plan.pairs["key"].to_pylist()
     sizes = []
-    for key in keys[:: max(1, -(-len(keys) // _SAMPLE))]:
+    for key in _sample(plan):
         try:
             picture = decode(source.read(key), max_pixels=max_pixels)
         except (UnreadableImage, RefusedImage, FileNotFoundError):
@@ -39,7 +39,7 @@ def estimate(plan: Plan, source: Collection, restorer: Restorer, *, max_pixels: 
         sizes.append((picture.height, picture.width))
     if not sizes:
         return Estimate(0, 0.0, (0, 0), None, 0, 0, 0.0)
-    megapixels = sum(h * w for h, w in sizes) / 1e6 * len(keys) / len(sizes)
+    megapixels = sum(h * w for h, w in sizes) / 1e6 * plan.to_restore / len(sizes)
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     tile, tiles = restorer.tile(height, width), restorer.tiles(height, width)
     repeated = tiles * tile**2 / (height * width) if tile else 1  # halos are restored more than once
@@ -58,3 +58,11 @@ def estimate(plan: Plan, source: Collection, restorer: Restorer, *, max_pixels: 
         memory_bytes=restorer.process_bytes(height, width, tile),
         seconds=per_pixel * megapixels * 1e6 * repeated,
     )
+
+
+def _sample(plan: Plan) -> Iterator[str]:
+    """A few keys, spread evenly over those to be restored."""
+    step, seen = max(1, -(-plan.to_restore // _SAMPLE)), 0
+    for pairs in plan.tables():
+        yield from pairs["key"].to_pylist()[-seen % step :: step]
+        seen += len(pairs)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 from uuid import UUID
 
@@ -28,6 +29,7 @@ from prefect.artifacts import (
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from nafnet import catalog
@@ -38,11 +40,12 @@ from nafnet.recipe import Precision, Recipe, Tile
 from nafnet.restore import Restorer, settle
 from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
-from pipelines import compare_html, datasets, engine, manifest, report, report_html, report_sheet, retry
+from pipelines import compare_html, datasets, engine, lease, manifest, report, report_html, report_sheet, retry
 from pipelines.benchmark import Cause, Published, Trial, Verdict
 from pipelines.datasets import IMAGES, DataName, Found
+from pipelines.lease import Lease
 from pipelines.manifest import Plan
-from pipelines.parts import PartWriter
+from pipelines.parts import PartWriter, set_aside
 from pipelines.progress import Progress
 from pipelines.records import Status
 from pipelines.settings import RestoreJob, StorageName
@@ -160,6 +163,7 @@ def restore(
     limit: int | None = None,
     max_failed: int = 0,
     retry_failed: bool = False,
+    fresh: bool = False,
     max_megapixels: float = 250,
     storage: StorageName | None = None,
 ) -> State[Any]:
@@ -172,10 +176,12 @@ def restore(
     job = RestoreJob.model_validate(dict(locals()))
     prepared = prepare(job)
     started, clock = datetime.now(UTC), time.monotonic()
-    plan = plan_images(prepared)
-    cluster = restore_images(prepared, plan)
-    run = _describe_run(prepared, plan, cluster, started)
-    summary = report_images(prepared, plan, run, time.monotonic() - clock)
+    with lease.hold(Store(job.output), f"flow run {flow_run.name}") as held:
+        plan = plan_images(prepared)
+        cluster = restore_images(prepared, plan, held)
+        held.check()
+        run = _describe_run(prepared, plan, cluster, started)
+        summary = report_images(prepared, plan, run, time.monotonic() - clock)
     if summary["images"] != plan.matched:
         raise RuntimeError(f"{plan.matched} images match, but the report has rows of {summary['images']}: run again")
     failed = summary["images"] - summary["counts"][Status.RESTORED]
@@ -189,39 +195,39 @@ def restore(
 def plan_images(prepared: Prepared) -> Plan:
     """List, pair, drop what is finished; write the manifest and the rows of inputs that are decided already."""
     job = prepared.job
-    output = Store(job.output)
-    output.check_writable()
+    earlier = set_aside(Store(job.output)) if job.fresh else None
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
-    manifest.write_parts(plan, output)
-    if len(plan.decided):
-        PartWriter(output).write(plan.decided)
     logger.info(
         "%d images match: %d to restore, %d finished in an earlier run, %d that cannot be",
         plan.matched,
-        len(plan.pairs),
+        plan.to_restore,
         plan.finished,
-        len(plan.decided),
+        plan.decided,
     )
+    if earlier is not None:
+        left = manifest.left_behind(plan, earlier)
+        logger.info("starting anew: earlier rows are below report-before/, %d images of theirs stay as they are", left)
     return plan
 
 
 @task(name="restore", cache_policy=NO_CACHE)
-def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
+def restore_images(prepared: Prepared, plan: Plan, held: Lease) -> dict[str, Any]:
     """Restore what the plan holds and write report parts as rows come in. Says what cluster did it."""
-    if not len(plan.pairs):
+    if not plan.to_restore:
         logger.info("nothing to do: every image is finished under recipe %s", plan.recipe)
         return {}
     verbose = logger.isEnabledFor(logging.DEBUG)
     work, placement = work_of(prepared, plan), placement_of(prepared.job)
-    with PartWriter(Store(work.output)) as parts, Progress(len(plan.pairs)) as progress:
+    with PartWriter(Store(work.output)) as parts, Progress(plan.to_restore) as progress:
         watch = _Watch(progress)
 
         def on_rows(rows: pa.Table) -> None:
+            held.check()
             parts.add(rows)
             progress.add(Counter(rows["status"].to_pylist()))
             watch.update()
 
-        return engine.run(plan.pairs, work, placement, on_rows, verbose=verbose)
+        return engine.run(plan.tables(), work, placement, on_rows, verbose=verbose)
 
 
 def work_of(prepared: Prepared, plan: Plan) -> Work:
@@ -249,16 +255,17 @@ def placement_of(job: RestoreJob) -> engine.Placement:
 def report_images(prepared: Prepared, plan: Plan, run: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Summarise the rows of the job's inputs; write summary.json, run.json and report.html; show them in Prefect."""
     output = Store(prepared.job.output)
-    rows = report.read_rows(output, recipe=plan.recipe)
+    rows = report.read_rows(output, report.SHOWN, recipe=plan.recipe)
     rows = rows.filter(pc.is_in(rows["key"], value_set=plan.keys))  # others may be there, of a wider job
-    made = len(plan.pairs) + len(plan.decided)
+    made = plan.to_restore + plan.decided
     summary = report.summarize(rows, recipe=prepared.recipe, wall_seconds=seconds if made else None, wall_images=made)
     if made or not output.exists("run.json"):  # a run that found nothing to do leaves the record of the one that did
         output.write("run.json", json.dumps(run, indent=2).encode())
     else:
         run = json.loads(output.read("run.json"))
     report.write_summary(output, summary)
-    strips = report_sheet.load_strips(rows)
+    whole = report.read_rows(output, recipe=plan.recipe, keys=report_sheet.telling(rows))
+    strips = report_sheet.load_strips(whole)
     page = report_html.write_report(output, rows, summary, run, strips=strips)
     with _unimportant():
         _show(summary, page, strips)
@@ -359,24 +366,23 @@ _BENCHMARK_FIELDS = (
 def judge_run(job: RestoreJob, found: Found, goal: Published, *, explain: bool) -> Verdict:
     """Read the rows of a finished run, compare them with the published value, and say why they differ."""
     prepared, output = prepare(job), Store(job.output)
-    plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
-    rows = report.read_rows(output, recipe=plan.recipe)
-    rows = rows.filter(pc.is_in(rows["key"], value_set=plan.keys))
+    keys = manifest.selected(job)
+    rows = report.read_rows(output, recipe=prepared.recipe.hash)
+    rows = rows.filter(pc.is_in(rows["key"], value_set=keys))
     summary = report.summarize(rows, recipe=prepared.recipe)
     names = "+".join(job.checkpoint)
     verdict = benchmarks.judge(rows, summary, prepared.recipe, goal, data=found.data, checkpoint=names)
     if explain and not verdict.reproduced:
-        verdict = replace(verdict, causes=(*verdict.causes, *_tried(prepared, plan, rows, found, verdict)))
+        verdict = replace(verdict, causes=(*verdict.causes, *_tried(prepared, keys.to_pylist(), rows, found, verdict)))
     benchmarks.write_verdict(output, verdict)
     return verdict
 
 
-def _tried(prepared: Prepared, plan: Plan, rows: pa.Table, found: Found, verdict: Verdict) -> Iterator[Cause]:
+def _tried(prepared: Prepared, keys: Sequence[str], rows: pa.Table, found: Found, verdict: Verdict) -> Iterator[Cause]:
     """The settings that, on a sample, make the difference that the run shows."""
     if verdict.psnr_off is None or abs(verdict.psnr_off) <= verdict.tolerance.psnr:
         return
     scores = dict(zip(rows["key"].to_pylist(), rows["psnr"].to_pylist(), strict=True))
-    keys = plan.keys.to_pylist()
     places = [at for at in benchmarks.sampled(keys) if scores.get(keys[at]) is not None]
     convention = Convention.parse(prepared.protocol)
     for trial in benchmarks.trials(prepared.recipe, convention, found.data, datasets.other_blur(found)):
@@ -393,11 +399,12 @@ def _moved(job: RestoreJob, trial: Trial, places: Sequence[int], before: Sequenc
     """By how much (dB) another setting moves the mean PSNR of the images at these places; None if it cannot be told."""
     other = job.model_copy(update={**trial.changes, "output": Store(job.output).url(f"why/{trial.name}")})
     prepared = prepare(other)
-    plan = manifest.plan(other, prepared.recipe.hash, prepared.protocol)
-    keys = plan.keys.take(pa.array([at for at in places if at < len(plan.keys)], pa.int64()))
     made: list[pa.Table] = []
-    pairs = plan.pairs.filter(pc.is_in(plan.pairs["key"], value_set=keys))
-    engine.run(pairs, work_of(prepared, plan), placement_of(other), made.append)
+    with TemporaryDirectory() as folder:
+        plan = manifest.plan(other, prepared.recipe.hash, prepared.protocol, place=Store(folder))
+        keys = plan.keys.take(pa.array([at for at in places if at < len(plan.keys)], pa.int64()))
+        parts = (pairs.filter(pc.is_in(pairs["key"], value_set=keys)) for pairs in plan.tables())
+        engine.run(parts, work_of(prepared, plan), placement_of(other), made.append)
     scores = {row["key"]: row["psnr"] for rows in made for row in rows.to_pylist()}
     after = [scores.get(key) for key in keys.to_pylist()]
     both = [
@@ -441,7 +448,7 @@ def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], start
     `machine` is the driver's, with its processor and its GPUs: on a cluster the images may have been restored on
     others, which the rows name (`worker`), and a driver without a GPU records none.
     """
-    rows = report.read_rows(Store(prepared.job.output), recipe=plan.recipe)
+    rows = report.read_rows(Store(prepared.job.output), ("key", "fingerprint"), recipe=plan.recipe)
     inputs = rows.filter(pc.is_in(rows["key"], value_set=plan.keys))
     packages = ("nafnet-pipelines", "torch", "ray", "prefect", "pyarrow", "numpy", "pillow", "imagecodecs")
     return {
@@ -449,7 +456,7 @@ def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], start
         "weights": {"checkpoint": prepared.job.checkpoint, "sha256": prepared.recipe.weights},
         "protocol": prepared.protocol,
         "job": prepared.job.model_dump(mode="json"),
-        "plan": {"matched": plan.matched, "attempted": len(plan.pairs), "finished_before": plan.finished},
+        "plan": {"matched": plan.matched, "attempted": plan.to_restore, "finished_before": plan.finished},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "inputs": {"images": len(inputs), "sha256": comparing.inputs_hash(inputs)},
         "machine": comparing.describe_machine(),

@@ -1,24 +1,32 @@
-"""What there is to do: list the source once, pair it, drop what an earlier run finished, write manifest parts."""
+"""What there is to do: list the source once, pair it, drop what an earlier run finished, write manifest parts.
+
+Collections are large: everything is a column, a million keys take a few hundred megabytes, and rows are made and
+written a part at a time.
+"""
 
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nafnet.images import extension
 from pipelines.containers import Collection, open_collection
-from pipelines.datasets import Partners, matches, partners
-from pipelines.listing import is_listing, read_listing
-from pipelines.parts import write_parquet
-from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Pair, ReportRow, Status
-from pipelines.report import read_rows
+from pipelines.datasets import matches, partner_places
+from pipelines.listing import LISTED, ROWS, is_listing, listed, read_listing, tables
+from pipelines.parts import PartWriter, read_parquet, write_parquet
+from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, WRITTEN, Status
+from pipelines.report import read_parts
 from pipelines.settings import RestoreJob
-from pipelines.storage import Entry, StorageError, Store, UnsafeKey, check_key, readable
+from pipelines.storage import StorageError, Store
 
-_PART_ROWS = 100_000
-_WRITTEN = {Status.RESTORED, Status.SUSPECT}  # ends that left an image
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,158 +34,247 @@ class Plan:
     """What a run will do.
 
     Attributes:
-        pairs: what is to be restored, in `MANIFEST_SCHEMA`, sorted by key.
-        decided: rows of the inputs whose end is known without opening them (`REPORT_SCHEMA`).
-        keys: of all inputs that the job selects; `finished` of them need nothing more.
+        keys: of all inputs that the job selects, in their order.
+        to_restore: how many of them are in the manifest's parts.
+        finished: how many need nothing more.
+        decided: how many have their row already, because their end is known without opening them.
         recipe: hash of the recipe that the pairs are to be restored under.
         source, reference: the collections that the pairs' keys and references lie in.
+        place, parts: where the manifest's parts are.
     """
 
-    pairs: pa.Table
-    decided: pa.Table
-    keys: pa.Array
+    keys: pa.ChunkedArray
+    to_restore: int
     finished: int
+    decided: int
     recipe: str
     source: str
     reference: str | None
+    place: Store
+    parts: tuple[str, ...]
 
     @property
     def matched(self) -> int:
         """How many inputs the job selects."""
         return len(self.keys)
 
+    def tables(self) -> Iterator[pa.Table]:
+        """What is to be restored (`MANIFEST_SCHEMA`), in the order of `keys`, read back part by part."""
+        for part in self.parts:
+            yield read_parquet(self.place, part)
 
-def plan(job: RestoreJob, recipe: str, protocol: str) -> Plan:
+
+def plan(job: RestoreJob, recipe: str, protocol: str, *, place: Store | None = None) -> Plan:
     """Decide what is to be done for `job` under the recipe of this hash, scored under `protocol` (a convention's name).
 
     An input is finished when the report has its row for the same content (source and reference), recipe and
-    protocol; with `job.retry_failed` only if that row says `restored`.
+    protocol; with `job.retry_failed` only if that row says `restored`, with `job.fresh` never.
+
+    What is to be restored is written below `manifest/`, and the rows of what cannot be below `report/`: of the output,
+    or of `place`.
 
     Raises:
         StorageError: a location cannot be listed, or nothing in the source matches.
     """
     output = Store(job.output)
-    source, listed, reference, find = _open(job)
-    entries = list(_select(listed, job))
-    if not entries:
+    place = place or output
+    inputs = _open(job)
+    keys = inputs.rows["key"]
+    finished, written = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
+    if not job.fresh:
+        finished, written = _finished(output, inputs, recipe, protocol, restored_only=job.retry_failed)
+    owner = None if job.format == "same" else _owners(keys, written, job.format)
+    run, parts, counts = uuid.uuid4().hex[:12], list[str](), Counter[str]()
+    for start in range(0, len(keys), ROWS):
+        todo = ~finished[start : start + ROWS]
+        rows = inputs.rows.slice(start, ROWS).filter(todo)
+        ends = _ends(rows, owner and owner.slice(start, ROWS).filter(todo), inputs, output, job)
+        known = pc.is_valid(ends["reason"])
+        pairs = ends.filter(pc.invert(known)).select(MANIFEST_SCHEMA.names)
+        if len(pairs):
+            parts.append(f"manifest/{run}-{len(parts):05d}.parquet")
+            write_parquet(place, parts[-1], pairs.cast(MANIFEST_SCHEMA))
+        decided = ends.filter(known)
+        if len(decided):
+            PartWriter(place).write(_report(decided, recipe, inputs.source.url()))
+        counts.update(pairs=len(pairs), decided=len(decided))
+    return Plan(
+        keys=keys,
+        to_restore=counts["pairs"],
+        finished=int(np.count_nonzero(finished)),
+        decided=counts["decided"],
+        recipe=recipe,
+        source=inputs.source.url(),
+        reference=inputs.reference.url() if inputs.reference else None,
+        place=place,
+        parts=tuple(parts),
+    )
+
+
+def selected(job: RestoreJob) -> pa.ChunkedArray:
+    """The keys of all inputs that the job selects, as `Plan.keys` has them."""
+    return _open(job).rows["key"]
+
+
+def left_behind(plan: Plan, images: pa.ChunkedArray) -> int:
+    """How many of these images (URLs) the plan will not write."""
+    written = pa.chunked_array([pairs["output"].combine_chunks() for pairs in plan.tables()], pa.string())
+    return len(images) - int(pc.sum(pc.is_in(images, value_set=written)).as_py() or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a job selects.
+
+    `rows` has the columns of `LISTED`, and with a reference `partner`, the key there, which is null for none. A
+    fingerprint is that of the source and its partner.
+    """
+
+    source: Collection
+    reference: Collection | None
+    rows: pa.Table
+
+
+def _open(job: RestoreJob) -> _Inputs:
+    """List the source and the reference, choose and pair."""
+    if is_listing(job.source):
+        listing = read_listing(job.source)
+        source, reference = open_collection(listing.source), listing.reference and open_collection(listing.reference)
+        rows = _select([listing.rows], job, source)
+    else:
+        source, reference = open_collection(job.source), job.reference and open_collection(job.reference)
+        if job.reference == job.source:
+            there = listed(source.list())  # once
+            rows = _select([there], job, source)
+        else:
+            rows = _select(tables(source.list()), job, source)
+            there = listed(reference.list()) if reference else LISTED.empty_table()
+        if reference:
+            found = there.select(["key", "fingerprint"]).rename_columns(["partner", "partner_fingerprint"])
+            found = found.combine_chunks().take(partner_places(rows["key"], there["key"], job.pair))
+            for name in found.column_names:
+                rows = rows.append_column(name, found[name])
+    if not reference:
+        return _Inputs(source, None, rows)
+    both = pc.binary_join_element_wise(rows["fingerprint"], rows["partner_fingerprint"], "|")
+    both = pc.coalesce(both, rows["fingerprint"])
+    rows = rows.drop_columns(["fingerprint", "partner_fingerprint"]).append_column("fingerprint", both)
+    return _Inputs(source, reference, rows)
+
+
+def _select(listing: Iterable[pa.Table], job: RestoreJob, source: Collection) -> pa.Table:
+    """The rows whose keys the globs choose: they match the whole key or its last part, in upper or lower case."""
+    chosen, count = list[pa.Table](), 0
+    for rows in listing:
+        keys = rows["key"].to_pylist()
+        fits = [matches(key, job.include) and not matches(key, job.exclude) for key in keys]
+        room = None if job.limit is None else job.limit - count
+        chosen.append(rows.filter(pa.array(fits, pa.bool_())).slice(0, room))
+        count += len(chosen[-1])
+        if count == job.limit:
+            break
+    if not count:
         raise StorageError(
             f"no file below {source.url()} matches {', '.join(job.include)}"
             + (f" without {', '.join(job.exclude)}" if job.exclude else "")
             + ": check the folder and --include"
         )
-    finished = _finished(output, recipe, protocol, restored_only=job.retry_failed)
-    pairs, decided, skipped = list[Pair](), list[ReportRow](), 0
-    partners = [find(entry.key) if find else None for entry in entries]
-    fingerprints = [
-        f"{entry.fingerprint}|{partner.fingerprint}" if partner else entry.fingerprint
-        for entry, partner in zip(entries, partners, strict=True)
-    ]
-    names = [written_as(entry.key, job.format) for entry in entries]
-    ends = [finished.get((readable(entry.key), found)) for entry, found in zip(entries, fingerprints, strict=True)]
-    # A result that is there keeps its name: that of another source must not replace it.
-    owners = {name: entry.key for name, entry, end in zip(names, entries, ends, strict=True) if end in _WRITTEN}
-    for entry, partner, fingerprint, name, end in zip(entries, partners, fingerprints, names, ends, strict=True):
-        owner = owners.setdefault(name, entry.key)
-        if end is not None:
-            skipped += 1
-            continue
-        if owner != entry.key:
-            reason = f"its result would be {readable(name)}, which is that of {readable(owner)}: rename one of them"
-            decided.append(_decide(entry, fingerprint, recipe, Status.REFUSED, reason, source.url()))
-            continue
-        try:
-            check_key(entry.key)
-            pair = Pair(
-                key=entry.key,
-                source=source.url(entry.key),
-                reference=reference.url(partner.key) if reference and partner else None,
-                output=output.url(f"images/{name}"),
-                size=entry.size,
-                fingerprint=fingerprint,
-            )
-        except UnsafeKey as error:
-            decided.append(_decide(entry, fingerprint, recipe, Status.REFUSED, str(error), source.url()))
-            continue
-        if reference and not partner:
-            rule = f" under the rule {job.pair}" if job.pair else ""
-            where = f"{reference.url()}{rule}"
-            reason = f"no reference: looked for {entry.key} (or its name with another extension) in {where}"
-            decided.append(_decide(entry, fingerprint, recipe, Status.MISSING, reason, pair.source))
-            continue
-        pairs.append(pair)
-    return Plan(
-        pairs=pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=MANIFEST_SCHEMA),
-        decided=pa.Table.from_pylist([asdict(row) for row in decided], schema=REPORT_SCHEMA),
-        keys=pa.array([readable(entry.key) for entry in entries], pa.string()),
-        finished=skipped,
-        recipe=recipe,
-        source=source.url(),
-        reference=reference.url() if reference else None,
-    )
+    return pa.concat_tables(chosen)
 
 
-def _open(job: RestoreJob) -> tuple[Collection, Iterable[Entry], Collection | None, Partners | None]:
-    """The source with its entries, and the reference with the way to find an entry's partner in it."""
-    if is_listing(job.source):
-        listing = read_listing(job.source)
-        reference = listing.reference and open_collection(listing.reference)
-        return open_collection(listing.source), listing.entries, reference or None, listing.partner
-    source = open_collection(job.source)
-    if job.reference is None:
-        return source, source.list(), None, None
-    reference = open_collection(job.reference)
-    if job.reference == job.source:  # listed once
-        entries = list(source.list())
-        return source, entries, reference, partners(entries, job.pair)
-    return source, source.list(), reference, partners(reference.list(), job.pair)
-
-
-def written_as(key: str, image_format: str) -> str:
-    """The key of a restored image below `images/`: its source's, ending as the format it is written in does."""
+def written_as(keys: pa.ChunkedArray, image_format: str) -> pa.ChunkedArray:
+    """The keys of restored images below `images/`: their sources', ending as the format they are written in does."""
     if image_format == "same":
-        return key
-    folder, slash, name = key.rpartition("/")
-    stem = name.rpartition(".")[0] or name
-    return f"{folder}{slash}{stem}{extension(image_format.upper())}"
+        return keys
+    stems = pc.replace_substring_regex(keys, r"(?s)^((?:.*/)?[^/]+)\.[^/.]*$", r"\1")
+    return pc.binary_join_element_wise(stems, extension(image_format.upper()), "")
 
 
-def write_parts(plan: Plan, output: Store) -> None:
-    """Write the plan's pairs below `manifest/`, so that a person can see what a run set out to do."""
-    run = uuid.uuid4().hex[:12]
-    for i, start in enumerate(range(0, len(plan.pairs), _PART_ROWS)):
-        write_parquet(output, f"manifest/{run}-{i:05d}.parquet", plan.pairs.slice(start, _PART_ROWS))
-
-
-def _select(entries: Iterable[Entry], job: RestoreJob) -> Iterator[Entry]:
-    """Globs match the whole key or its last part, without regard to upper and lower case."""
-    chosen = 0
-    for entry in entries:
-        if chosen == job.limit:
-            return
-        if matches(entry.key, job.include) and not matches(entry.key, job.exclude):
-            chosen += 1
-            yield entry
-
-
-def _finished(output: Store, recipe: str, protocol: str, *, restored_only: bool) -> dict[tuple[str, str], str]:
-    """(key, fingerprint) of what needs nothing more, with its status. The latest row of a key counts, of whatever
+def _finished(output: Store, inputs: _Inputs, recipe: str, protocol: str, *, restored_only: bool) -> tuple[Mask, Mask]:
+    """Which inputs need nothing more, and which of those have an image. The latest row of a key counts, of whatever
     recipe: a later run under another one has replaced the image."""
-    rows = read_rows(output).select(["key", "fingerprint", "status", "protocol", "recipe"])
-    return {
-        (key, fingerprint): status
-        for key, fingerprint, status, scored_by, made_by in zip(*(c.to_pylist() for c in rows.columns), strict=True)
-        if made_by == recipe and (status == Status.RESTORED or not restored_only) and scored_by in {None, protocol}
+    keys, prints = inputs.rows["key"], inputs.rows["fingerprint"]
+    parts = []
+    for part in read_parts(output, ("key", "fingerprint", "status", "protocol", "recipe", "finished_at")):
+        right = pc.and_(pc.equal(part["recipe"], recipe), pc.fill_null(pc.equal(part["protocol"], protocol), True))
+        if restored_only:
+            right = pc.and_(right, pc.equal(part["status"], Status.RESTORED))
+        columns = {"right": right, "image": pc.is_in(part["status"], value_set=pa.array(WRITTEN))}
+        parts.append(pa.table(columns | {name: part[name] for name in ("key", "fingerprint", "finished_at")}))
+    finished, written = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
+    if not parts:
+        return finished, written
+    rows = pa.concat_tables(parts)
+    right, image = (rows[name].to_numpy() for name in ("right", "image"))
+    at = pc.fill_null(pc.index_in(rows["key"], value_set=keys), -1).to_numpy()
+    order = np.lexsort((rows["finished_at"].cast(pa.int64()).to_numpy(), at))
+    latest = order[np.append(at[order][1:] != at[order][:-1], True)]
+    latest = latest[(at[latest] >= 0) & right[latest]]
+    row = np.full(len(keys), -1)
+    row[at[latest]] = latest
+    theirs = rows["fingerprint"].combine_chunks()
+    for start in range(0, len(keys), ROWS):  # a copy of all fingerprints would be the largest thing here
+        found = start + np.flatnonzero(row[start : start + ROWS] >= 0)
+        same = pc.equal(prints.slice(start, ROWS).take(found - start), theirs.take(row[found])).to_numpy()
+        finished[found[same]] = True
+    written[finished] = image[row[finished]]
+    return finished, written
+
+
+def _owners(keys: pa.ChunkedArray, written: Mask, image_format: str) -> pa.ChunkedArray:
+    """Whose result each key's name below `images/` stands for: a key.
+
+    A result that is there keeps its name: that of another source must not replace it. Else the first one has it.
+    """
+    names = written_as(keys, image_format).combine_chunks().dictionary_encode()
+    codes = names.indices.to_numpy()
+    owner = np.empty(len(names.dictionary), np.int64)
+    owner[codes[::-1]] = np.arange(len(codes))[::-1]
+    owner[codes[written]] = np.flatnonzero(written)
+    return pa.chunked_array([keys.combine_chunks().take(owner[codes])])
+
+
+def _ends(rows: pa.Table, owner: pa.ChunkedArray | None, inputs: _Inputs, output: Store, job: RestoreJob) -> pa.Table:
+    """The columns of `MANIFEST_SCHEMA`; and `status` and `reason` of what cannot be restored, null for the rest."""
+    key, name = rows["key"], written_as(rows["key"], job.format)
+    reason = rows["unsafe"]
+    if owner is not None:
+        clash = ("its result would be ", name, ", which is that of ", owner, ": rename one of them")
+        reason = pc.if_else(pc.not_equal(owner, key), pc.binary_join_element_wise(*clash, ""), reason)
+    status = pc.if_else(pc.is_valid(reason), Status.REFUSED, None)
+    reference = pa.nulls(len(rows), pa.string())
+    if inputs.reference:
+        rule = f" under the rule {job.pair}" if job.pair else ""
+        where = f" (or its name with another extension) in {inputs.reference.url()}{rule}"
+        reference = pc.binary_join_element_wise(_base(inputs.reference), rows["partner"], "")
+        lonely = pc.and_(pc.is_null(reference), pc.is_null(reason))
+        missing = pc.binary_join_element_wise("no reference: looked for ", key, where, "")
+        reason = pc.if_else(lonely, missing, reason)
+        status = pc.if_else(lonely, Status.MISSING, status)
+    columns = {
+        "key": key,
+        "source": pc.binary_join_element_wise(_base(inputs.source), key, ""),
+        "reference": reference,
+        "output": pc.binary_join_element_wise(output.url("images/-").removesuffix("-"), name, ""),
+        "size": rows["size"],
+        "fingerprint": rows["fingerprint"],
+        "status": status,
+        "reason": reason,
     }
+    return pa.table(columns)
 
 
-def _decide(entry: Entry, fingerprint: str, recipe: str, status: Status, reason: str, source: str) -> ReportRow:
-    return ReportRow(
-        key=readable(entry.key),
-        status=status,
-        reason=reason,
-        recipe=recipe,
-        source=source,
-        size=entry.size,
-        fingerprint=fingerprint,
-        finished_at=datetime.now(UTC),
-    )
+def _base(collection: Collection) -> str:
+    """What stands before a key in its URL."""
+    return collection.url("-").removesuffix("-")
+
+
+def _report(decided: pa.Table, recipe: str, source: str) -> pa.Table:
+    """Rows (`REPORT_SCHEMA`) of inputs that are not opened."""
+    missing = pc.equal(decided["status"], Status.MISSING)
+    known: dict[str, Any] = {name: decided[name] for name in ("key", "status", "reason", "size", "fingerprint")}
+    known["source"] = pc.if_else(missing, decided["source"], source)  # a refused key has no URL
+    known["recipe"] = pa.repeat(recipe, len(decided))
+    known["finished_at"] = pa.repeat(pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")), len(decided))
+    columns = [known.get(field.name, pa.nulls(len(decided), field.type)) for field in REPORT_SCHEMA]
+    return pa.table(columns, REPORT_SCHEMA.names).cast(REPORT_SCHEMA)

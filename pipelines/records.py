@@ -19,6 +19,9 @@ class Status(StrEnum):
     CRASHED = "crashed"  # the process died or failed while it held this image
 
 
+WRITTEN = (Status.RESTORED, Status.SUSPECT)  # ends that left an image
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One input of a job. `fingerprint` changes when the source changes: its etag, or size and mtime."""

@@ -6,8 +6,9 @@
 import html
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from nafnet.conventions import Convention
 from nafnet.recipe import Recipe
+from pipelines.listing import mapped
 from pipelines.records import REPORT_SCHEMA, Status
 from pipelines.storage import Store
 
@@ -28,7 +30,13 @@ UNKNOWN = "\N{EN DASH}"
 _APPROXIMATE = "tiles are approximate: without TLC a tile's means are not the image's"
 MAX_NOTES = 5  # of the rows' different notes, the most frequent first
 MAX_SEQUENCES = 200  # more would be folders that hold a few images each: another way of listing all images
+_READERS = 8  # parts that are fetched at once: they are small, and a bucket takes its time for each
 _SCORES = ("psnr_input", "psnr", "ssim_3d_input", "ssim_3d", "ssim_2d_input", "ssim_2d")
+# What the summary and the page are made of: a third of a row, the rest of which is URLs and how it was made.
+SHOWN = (
+    *("key", "status", "reason", "width", "height", "protocol", *_SCORES),
+    *("seconds", "tiles", "tile", "precision", "note"),
+)
 _SEQUENCES = tuple(
     re.compile(pattern, re.ASCII)
     for pattern in (
@@ -44,40 +52,85 @@ class ReportError(Exception):
     """A file below `report/` that is not a whole report part."""
 
 
-def read_rows(output: Store, *, recipe: str | None = None) -> pa.Table:
-    """One row per key, sorted by key, in `REPORT_SCHEMA`; of a repeated key the latest finished counts.
+def read_rows(
+    output: Store,
+    columns: Sequence[str] = REPORT_SCHEMA.names,
+    *,
+    recipe: str | None = None,
+    keys: pa.Array | None = None,
+) -> pa.Table:
+    """One row per key, sorted by key, with these columns of `REPORT_SCHEMA`; of a repeated key the latest counts.
 
-    With `recipe` (a hash), only rows of that recipe are looked at. No parts give an empty table.
+    With `recipe` (a hash), only rows of that recipe are looked at, with `keys` (a few) only theirs. No parts give an
+    empty table.
 
     Raises:
         ReportError: a part is truncated, or is not a report part. Names the file.
     """
-    parts = [REPORT_SCHEMA.empty_table()]
-    if output.exists("report"):
-        store = Store(output.url("report"))
-        keys = [entry.key for entry in store.list() if entry.key.endswith(".parquet")]
-        parts += [_read_part(store, key, recipe) for key in keys]
-    table = pa.concat_tables(parts)
+    needed = dict.fromkeys((*columns, "key", "finished_at"))
+    empty = pa.schema([REPORT_SCHEMA.field(name) for name in needed]).empty_table()
+    table = pa.concat_tables([empty, *read_parts(output, needed, recipe=recipe, keys=keys)])
     order = pc.sort_indices(table, sort_keys=[("key", "ascending"), ("finished_at", "descending")])
-    sorted_keys = table["key"].take(order).to_numpy(zero_copy_only=False)
-    latest = np.append(True, sorted_keys[1:] != sorted_keys[:-1])[: len(table)]
-    return table.take(order.filter(pa.array(latest)))
+    keys = table["key"].take(order).combine_chunks()
+    latest = pa.concat_arrays([pa.array([True] * bool(len(keys)), pa.bool_()), pc.not_equal(keys[1:], keys[:-1])])
+    return table.select(list(columns)).take(order.filter(latest))
 
 
-def _read_part(store: Store, key: str, recipe: str | None) -> pa.Table:
-    data = store.read(key)
+def part_names(output: Store) -> list[str]:
+    """The names of the report's parts, sorted, which is by age.
+
+    What is no `.parquet` file, such as the rest of a write that was killed, is left alone.
+    """
+    if not output.exists("report"):
+        return []
+    return [entry.key for entry in Store(output.url("report")).list() if entry.key.endswith(".parquet")]
+
+
+def read_parts(
+    output: Store,
+    columns: Iterable[str] = REPORT_SCHEMA.names,
+    *,
+    names: Iterable[str] | None = None,
+    recipe: str | None = None,
+    keys: pa.Array | None = None,
+) -> Iterator[pa.Table]:
+    """Each of the report's parts, or of those with these names, with these columns; a key may be in several.
+
+    With `recipe` (a hash) only rows of that recipe, with `keys` (a few) only theirs.
+
+    Raises:
+        ReportError: a part is truncated, or is not a report part. Names the file.
+    """
+    names = part_names(output) if names is None else names
+    store = Store(output.url("report"))
+    read = partial(_read_part, store, columns=list(columns), recipe=recipe, keys=keys)
+    with ThreadPoolExecutor(_READERS) as readers:
+        yield from readers.map(read, names)
+
+
+def _read_part(store: Store, name: str, columns: list[str], recipe: str | None, keys: pa.Array | None) -> pa.Table:
+    data = store.read(name)
     try:
-        part = pq.read_table(pa.BufferReader(data))
-        for field in REPORT_SCHEMA:  # of an earlier version, which had fewer columns
-            if field.nullable and field.name not in part.column_names:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        there = file.schema_arrow.names
+        if lacking := [field.name for field in REPORT_SCHEMA if not field.nullable and field.name not in there]:
+            raise KeyError(f"it lacks {', '.join(lacking)}")
+        wanted = [field for field in REPORT_SCHEMA if field.name in {*columns, "key", "recipe"}]
+        part = file.read([field.name for field in wanted if field.name in there])
+        for field in wanted:
+            if field.name not in there:  # of an earlier version, which had fewer columns
                 part = part.append_column(field, pa.nulls(len(part), field.type))
-        part = part.select(REPORT_SCHEMA.names).cast(REPORT_SCHEMA)
+        part = part.select([field.name for field in wanted]).cast(pa.schema(wanted))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ReportError(
-            f"{store.url(key)} is not a whole report part ({error}): move it out of the folder, "
+            f"{store.url(name)} is not a whole report part ({error}): move it out of the folder, "
             "then run the job again to redo its images"
         ) from error
-    return part if recipe is None else part.filter(pc.equal(part["recipe"], recipe))
+    if recipe is not None:
+        part = part.filter(pc.equal(part["recipe"], recipe))
+    if keys is not None:
+        part = part.filter(pc.is_in(part["key"], value_set=keys))
+    return part.select(columns)
 
 
 def restored_only(rows: pa.Table) -> pa.Table:
@@ -116,22 +169,21 @@ def by_sequence(rows: pa.Table) -> list[dict[str, Any]]:
     is none: the scores under their columns' names, `gain` in dB, `network_seconds_mean`. Keys of no sequence are
     left out.
     """
-    places: dict[str, list[int]] = {}
-    for place, key in enumerate(rows["key"].to_pylist()):
-        if (name := sequence(key)) is not None:
-            places.setdefault(name, []).append(place)
-    if not 2 <= len(places) <= MAX_SEQUENCES:
+    names = mapped(rows["key"], sequence).combine_chunks().dictionary_encode()
+    found = sorted((name, code) for code, name in enumerate(names.dictionary.to_pylist()))
+    if not 2 <= len(found) <= MAX_SEQUENCES:
         return []
+    codes = pc.fill_null(names.indices, -1).to_numpy()
     restored = rows["status"].to_numpy(zero_copy_only=False) == Status.RESTORED.value
     values = {name: column(rows, name) for name in _SCORES}
     values |= {"gain": gains(rows), "network_seconds_mean": column(rows, "seconds")}
-    found = []
-    for name in sorted(places):
-        images = np.array(places[name])
+    means = []
+    for name, code in found:
+        images = np.flatnonzero(codes == code)
         done = images[restored[images]]
-        means = {what: _mean(numbers[done]) for what, numbers in values.items()}
-        found.append({"sequence": name, "images": len(images), "restored": len(done), **means})
-    return found
+        scores = {what: _mean(numbers[done]) for what, numbers in values.items()}
+        means.append({"sequence": name, "images": len(images), "restored": len(done), **scores})
+    return means
 
 
 def extremes(values: Floats) -> tuple[int, int, int] | None:
@@ -199,7 +251,8 @@ def summarize(
 
 def _counts(rows: pa.Table, name: str) -> list[tuple[str, int]]:
     """The values of a column and how many rows have them, most frequent first, nulls left out."""
-    return Counter(rows[name].drop_null().to_pylist()).most_common()
+    found = pc.value_counts(rows[name].drop_null()).to_pylist()
+    return sorted(((item["values"], item["counts"]) for item in found), key=lambda item: -item[1])
 
 
 def _mean(values: Floats) -> float | None:

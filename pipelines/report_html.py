@@ -24,7 +24,6 @@ from pipelines.report import (
     restored_only,
     score_table,
     seconds_text,
-    sequence,
 )
 from pipelines.report_plots import plots
 from pipelines.report_sheet import Crop, Strip, load_strips, png
@@ -97,7 +96,7 @@ def render(place: str, rows: pa.Table, summary: Summary, run: Mapping[str, Any],
         strips=strips,
         plots=plots(restored_only(rows)),
         sequences=summary["sequences"],
-        sequences_without=sum(sequence(key) is None for key in rows["key"].to_pylist()) if summary["sequences"] else 0,
+        sequences_without=len(rows) - sum(one["images"] for one in summary["sequences"]) if summary["sequences"] else 0,
         ssim=next((name for name in ("ssim_3d", "ssim_2d") if summary[name] is not None), None),
         worst=worst(rows),
         slowest=slowest(rows),

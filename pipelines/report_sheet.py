@@ -59,18 +59,29 @@ def load_strips(rows: pa.Table) -> tuple[Strip, ...]:
 
     An image that cannot be read any more becomes a note. Nothing restored gives no strips.
     """
+    labels, done = _telling(rows)
+    return tuple(_load_strip(label, done.slice(at, 1).to_pylist()[0]) for at, label in labels.items())
+
+
+def telling(rows: pa.Table) -> pa.Array:
+    """The keys of the images that `load_strips` shows: it gives the same strips for their rows alone."""
+    labels, done = _telling(rows)
+    return done["key"].take(pa.array(labels, pa.int64())).combine_chunks()
+
+
+def _telling(rows: pa.Table) -> tuple[dict[int, str], pa.Table]:
+    """What to call which of the restored rows, and those rows."""
     done = restored_only(rows)
     names: tuple[str, str, str] = ("worst", "median", "best")
     found = extremes(gains(done))
     if found is None:
         names, found = ("smallest", "median", "largest"), extremes(megapixels(done))
     if found is None:
-        return ()
+        return {}, done
     low, middle, high = found
-    labels = {low: names[0]} | ({middle: names[1]} if middle not in {low, high} else {}) | {high: names[2]}
-    if len(labels) == 1:
-        labels = {low: "the only image"}
-    return tuple(_load_strip(label, done.slice(at, 1).to_pylist()[0]) for at, label in labels.items())
+    if low == high:
+        return {low: "the only image"}, done
+    return {low: names[0]} | ({middle: names[1]} if middle not in {low, high} else {}) | {high: names[2]}, done
 
 
 def _load_strip(label: str, row: dict[str, Any]) -> Strip:

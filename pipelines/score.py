@@ -30,14 +30,11 @@ def score_folders(restored: str, reference: str, convention: Convention) -> Iter
         StorageError: a folder is not there or is empty.
     """
     images, references = open_collection(restored), open_collection(reference)
-    find = partners(references.list())
-    jobs = [
-        (entry.key, partner.key if (partner := find(entry.key)) else None)
-        for entry in images.list()
-        if matches(entry.key, IMAGES)
-    ]
-    if not jobs:
+    entries = [entry for entry in images.list() if matches(entry.key, IMAGES)]
+    if not entries:
         raise StorageError(f"nothing to score in {images.url()}")
+    pairs = zip(entries, partners(entries, list(references.list())), strict=True)
+    jobs = [(entry.key, partner.key if partner else None) for entry, partner in pairs]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
         yield from workers.map(partial(_score_one, restored, reference, convention), jobs, chunksize=4)
 

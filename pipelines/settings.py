@@ -113,6 +113,7 @@ class RestoreJob(BaseModel):
     retry_failed: Annotated[bool, Field(description="Also redo the images that an earlier run could not restore")] = (
         False
     )
+    fresh: Annotated[bool, Field(description="Start anew: what earlier runs reported does not count")] = False
     max_megapixels: Annotated[float, Field(gt=0, description="Images larger than this are refused")] = 250
     storage: StorageName | None = None
 

@@ -18,7 +18,7 @@ from nafnet.images import decode
 from nafnet.metrics import psnr
 from nafnet.restore import Restorer
 from pipelines.demo import make_photos, photographs
-from tests.benchmarks import cuda, networks, pictures, throughput
+from tests.benchmarks import cuda, networks, pictures, plan, throughput
 from tests.benchmarks.timing import HEADER, Row
 
 Part = tuple[list[Row], list[str]]  # of the table, and lines below it
@@ -61,6 +61,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "networks": lambda options: (networks.rows(options.runs), []),
     "pictures": _on_one_core,
     "gains": lambda _: ([], gain_lines()),
+    "plan": lambda _: ([], plan.lines()),
     "throughput": lambda options: (throughput.rows(options.images), []),
 }
 

@@ -82,10 +82,12 @@ def expected(
     """PSNR and SSIM-3D of the paper's equations, dense windows and all, over the files as they lie there."""
     found = datasets.find(data, str(url))
     source, references = open_collection(found.source), open_collection(str(found.reference))
-    partner, net = datasets.partners(references.list(), found.pair), net or network()
+    net = net or network()
+    entries = [entry for entry in source.list() if datasets.matches(entry.key, found.include)]
+    partners = datasets.partners(entries, list(references.list()), found.pair)
     scores = []
-    for entry in source.list():
-        if not datasets.matches(entry.key, found.include) or (there := partner(entry.key)) is None:
+    for entry, there in zip(entries, partners, strict=True):
+        if there is None:
             continue
         degraded, sharp = decode(source.read(entry.key)).pixels, decode(references.read(there.key)).pixels
         image = torch.from_numpy(degraded.astype(np.float32) / 255).permute(2, 0, 1)[None]
@@ -146,7 +148,7 @@ def test_each_format_meets_the_reference_arithmetic(tmp_path: Path, weights: Pat
     prepared = flows.prepare(job)
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
     made_rows: list[pa.Table] = []
-    engine.run(plan.pairs, flows.work_of(prepared, plan), flows.placement_of(job), made_rows.append)
+    engine.run(plan.tables(), flows.work_of(prepared, plan), flows.placement_of(job), made_rows.append)
     rows = pa.concat_tables(made_rows)
     summary = report.summarize(rows, recipe=prepared.recipe)
     verdict = benchmark.judge(rows, summary, prepared.recipe, goal, data=found.data, checkpoint="net")

@@ -43,17 +43,16 @@ def test_each_layout_is_found_and_pairs_up(tmp_path: Path, like: DataName, layou
     make(like, tmp_path / "set", images=1 if like == "sidd" else 5, layout=layout, size=SIZE)
     found = datasets.find(like, str(tmp_path / "set"), variant="benchmark" if layout == "benchmark" else None)
     source = open_collection(found.source)
-    keys = [entry.key for entry in source.list() if datasets.matches(entry.key, found.include)]
-    assert len(keys) == (32 if like == "sidd" else 5)
+    entries = [entry for entry in source.list() if datasets.matches(entry.key, found.include)]
+    assert len(entries) == (32 if like == "sidd" else 5)
     if found.reference is None:
         assert layout == "benchmark"
         return
     reference = open_collection(found.reference)
-    partner = datasets.partners(reference.list(), found.pair)
-    for key in keys:
-        entry = partner(key)
-        assert entry is not None, key
-        degraded, sharp = decode(source.read(key)).pixels, decode(reference.read(entry.key)).pixels
+    partners = datasets.partners(entries, list(reference.list()), found.pair)
+    for entry, partner in zip(entries, partners, strict=True):
+        assert partner is not None, entry.key
+        degraded, sharp = decode(source.read(entry.key)).pixels, decode(reference.read(partner.key)).pixels
         assert degraded.shape == sharp.shape == ((16, 16, 3) if like == "sidd" else (*SIZE, 3))
         assert 12 < psnr(degraded, sharp, data_range=255) < 45
 

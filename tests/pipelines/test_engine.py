@@ -65,7 +65,7 @@ def test_what_kills_its_process_is_found_and_the_rest_is_restored(
     monkeypatch.setattr(engine, "_BLOCK_ROWS", 4)  # the poison has innocent neighbours
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
     got: list[pa.Table] = []
-    done_by = engine.run(plan(job, recipe.hash, "stored").pairs, work, Placement(), got.append)
+    done_by = engine.run(plan(job, recipe.hash, "stored").tables(), work, Placement(), got.append)
     assert done_by["nodes"] == 1
     rows = pa.concat_tables(got)
     assert Counter(rows["key"].to_pylist()) == Counter(names)  # each exactly once
@@ -99,7 +99,7 @@ def test_a_deterministic_recipe_gives_the_same_bits_from_any_number_of_actors(
         job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / f"out{run}"))
         work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
         got: list[pa.Table] = []
-        done_by = engine.run(plan(job, recipe.hash, "stored").pairs, work, Placement(four_cpus, actors), got.append)
+        done_by = engine.run(plan(job, recipe.hash, "stored").tables(), work, Placement(four_cpus, actors), got.append)
         rows = pa.concat_tables(got)
         assert Counter(rows["status"].to_pylist()) == {"restored": 6}
         workers.append(len(set(rows["worker"].to_pylist())))
@@ -167,6 +167,6 @@ def test_a_job_that_can_process_nothing_raises_what_it_met(tmp_path: Path, check
     job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
     recipe = Restorer.load(checkpoint_file).recipe
     work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
-    pairs = plan(job.model_copy(update={"output": str(tmp_path / "elsewhere")}), recipe.hash, "stored").pairs
+    pairs = plan(job.model_copy(update={"output": str(tmp_path / "elsewhere")}), recipe.hash, "stored").tables()
     with pytest.raises(RuntimeError, match=r"no image could be processed; the first one met .*scoring or writing it"):
         engine.run(pairs, work, Placement(), lambda _: None)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.listing import is_listing, read_listing
-from pipelines.storage import StorageError
+from pipelines.storage import StorageError, Store
 
 PAIRS = [{"source": "in/b/1.png", "reference": "ref/x.png"}, {"source": "in/a/2.png", "reference": "ref/y.png"}]
 
@@ -33,12 +33,11 @@ def write(path: Path, rows: list[dict[str, str | None]]) -> str:
 def test_each_format(tmp_path: Path, name: str) -> None:
     listing = read_listing(write(tmp_path / name, PAIRS))
     assert (listing.source, listing.reference) == (str(tmp_path / "in"), str(tmp_path / "ref"))
-    assert [entry.key for entry in listing.entries] == ["b/1.png", "a/2.png"]
-    assert [entry.size for entry in listing.entries] == [10, 10]
-    assert listing.partner is not None
-    partner = listing.partner("a/2.png")
-    assert partner is not None
-    assert partner.key == "y.png"
+    assert listing.rows["key"].to_pylist() == ["b/1.png", "a/2.png"]
+    assert listing.rows["size"].to_pylist() == [10, 10]
+    assert listing.rows["partner"].to_pylist() == ["x.png", "y.png"]
+    there = {entry.key: entry.fingerprint for entry in Store(str(tmp_path / "ref")).list()}
+    assert listing.rows["partner_fingerprint"].to_pylist() == [there["x.png"], there["y.png"]]
 
 
 def test_whole_paths_and_no_references(tmp_path: Path) -> None:
@@ -47,15 +46,17 @@ def test_whole_paths_and_no_references(tmp_path: Path) -> None:
     listing = read_listing(write(tmp_path / "pairs.jsonl", rows[:1] + rows[1:]))
     assert listing.source == str(tmp_path / "in" / "b")
     assert listing.reference is None
-    assert listing.partner is None
-    assert [(entry.key, entry.size) for entry in listing.entries] == [("1.png", 10), ("gone.png", 0)]
+    assert listing.rows.select(["key", "size"]).to_pylist() == [
+        {"key": "1.png", "size": 10},
+        {"key": "gone.png", "size": 0},
+    ]
 
 
 def test_one_without_a_reference_has_no_partner(tmp_path: Path) -> None:
     rows: list[dict[str, str | None]] = [PAIRS[0], {"source": "in/a/2.png", "reference": None}]  # type: ignore[list-item]
     listing = read_listing(write(tmp_path / "pairs.parquet", rows))
-    assert listing.partner is not None
-    assert listing.partner("a/2.png") is None
+    assert listing.rows["partner"].to_pylist() == ["x.png", None]
+    assert listing.rows["partner_fingerprint"].null_count == 1
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from pipelines.manifest import plan, write_parts, written_as
-from pipelines.parts import PartWriter
-from pipelines.records import REPORT_SCHEMA
+from pipelines import listing, manifest
+from pipelines.manifest import Plan, left_behind, plan, written_as
+from pipelines.parts import PartWriter, set_aside
+from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA
+from pipelines.report import read_rows
 from pipelines.settings import RestoreJob
 from pipelines.storage import StorageError, Store
 
@@ -27,9 +31,28 @@ def job(tmp_path: Path, **settings: object) -> RestoreJob:
     return RestoreJob.model_validate(values)
 
 
+def pairs_of(todo: Plan) -> pa.Table:
+    return pa.concat_tables([MANIFEST_SCHEMA.empty_table(), *todo.tables()])
+
+
+def decided(todo: Plan) -> dict[str, tuple[str, str]]:
+    """Status and reason of what has its row before anything is opened, by key."""
+    rows = read_rows(todo.place).filter(pc.is_in(read_rows(todo.place)["key"], value_set=todo.keys))
+    found = {row["key"]: (row["status"], row["reason"]) for row in rows.to_pylist() if row["worker"] is None}
+    assert len(found) == todo.decided
+    return found
+
+
 def report_rows(rows: pa.Table, status: str, recipe: str, protocol: str | None = None) -> pa.Table:
     made = [
-        {**row, "status": status, "recipe": recipe, "finished_at": datetime.now(UTC), "protocol": protocol}
+        {
+            **row,
+            "status": status,
+            "recipe": recipe,
+            "finished_at": datetime.now(UTC),
+            "protocol": protocol,
+            "worker": "w",
+        }
         for row in rows.to_pylist()
     ]
     return pa.Table.from_pylist([{k: row.get(k) for k in REPORT_SCHEMA.names} for row in made], schema=REPORT_SCHEMA)
@@ -38,9 +61,9 @@ def report_rows(rows: pa.Table, status: str, recipe: str, protocol: str | None =
 def test_globs_choose_whatever_their_case_and_limit_counts_what_they_chose(tmp_path: Path) -> None:
     make(tmp_path / "in", "a.PNG", "b/c.jpeg", "b/skip/d.png", "notes.txt", "e.tif")
     todo = plan(job(tmp_path, exclude=("b/skip/*",)), "r", "stored")
-    assert todo.pairs["key"].to_pylist() == ["a.PNG", "b/c.jpeg", "e.tif"]
-    assert todo.pairs["output"].to_pylist()[1] == f"{tmp_path}/out/images/b/c.jpeg"
-    assert plan(job(tmp_path, limit=2), "r", "stored").pairs["key"].to_pylist() == ["a.PNG", "b/c.jpeg"]
+    assert pairs_of(todo)["key"].to_pylist() == ["a.PNG", "b/c.jpeg", "e.tif"]
+    assert pairs_of(todo)["output"].to_pylist()[1] == f"{tmp_path}/out/images/b/c.jpeg"
+    assert pairs_of(plan(job(tmp_path, limit=2), "r", "stored"))["key"].to_pylist() == ["a.PNG", "b/c.jpeg"]
 
 
 def test_nothing_that_matches_is_an_error_that_says_where_it_looked(tmp_path: Path) -> None:
@@ -53,70 +76,73 @@ def test_an_image_without_reference_has_its_row_at_once(tmp_path: Path) -> None:
     make(tmp_path / "in", "a.png", "b.png")
     make(tmp_path / "ref", "a.tif", "c.png")
     todo = plan(job(tmp_path, reference=str(tmp_path / "ref")), "r", "stored")
-    assert todo.pairs["reference"].to_pylist() == [f"{tmp_path}/ref/a.tif"]
-    (row,) = todo.decided.to_pylist()
-    assert (row["key"], row["status"]) == ("b.png", "missing")
-    assert "looked for b.png" in row["reason"]
-    assert todo.matched == len(todo.pairs) + len(todo.decided)
+    assert pairs_of(todo)["reference"].to_pylist() == [f"{tmp_path}/ref/a.tif"]
+    (row,) = read_rows(todo.place).to_pylist()
+    assert (row["key"], row["status"], row["source"]) == ("b.png", "missing", f"{tmp_path}/in/b.png")
+    assert row["reason"] == (f"no reference: looked for b.png (or its name with another extension) in {tmp_path}/ref")
+    assert (row["recipe"], row["size"], row["worker"]) == ("r", 10, None)
+    assert (todo.matched, todo.to_restore, todo.decided) == (2, 1, 1)
 
 
 def test_a_name_that_no_output_can_have_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "in", "a\\b.png", "c.png")
     todo = plan(job(tmp_path), "r", "stored")
-    assert todo.pairs["key"].to_pylist() == ["c.png"]
-    assert todo.decided["status"].to_pylist() == ["refused"]
+    assert pairs_of(todo)["key"].to_pylist() == ["c.png"]
+    (row,) = read_rows(todo.place).to_pylist()
+    assert (row["key"], row["status"], row["source"]) == ("a\\b.png", "refused", f"{tmp_path}/in")
+    assert "is not a plain relative path: rename the file" in row["reason"]
 
 
 def test_what_is_finished_is_left_out_until_it_changes(tmp_path: Path) -> None:
     make(tmp_path / "in", "a.png", "b.png")
     first = plan(job(tmp_path), "r", "stored")
     writer = PartWriter(Store(str(tmp_path / "out")))
-    writer.write(report_rows(first.pairs.slice(0, 1), "restored", "r"))
-    writer.write(report_rows(first.pairs.slice(1, 1), "unreadable", "r"))
+    writer.write(report_rows(pairs_of(first).slice(0, 1), "restored", "r"))
+    writer.write(report_rows(pairs_of(first).slice(1, 1), "unreadable", "r"))
 
     again = plan(job(tmp_path), "r", "stored")
-    assert (len(again.pairs), again.finished, again.matched) == (0, 2, 2)
-    assert plan(job(tmp_path, retry_failed=True), "r", "stored").pairs["key"].to_pylist() == ["b.png"]
-    writer.write(report_rows(first.pairs.slice(1, 1), "suspect", "r"))
-    assert len(plan(job(tmp_path), "r", "stored").pairs) == 0
-    assert plan(job(tmp_path, retry_failed=True), "r", "stored").pairs["key"].to_pylist() == ["b.png"]
-    assert len(plan(job(tmp_path), "another recipe", "stored").pairs) == 2
+    assert (again.to_restore, again.finished, again.matched) == (0, 2, 2)
+    assert pairs_of(plan(job(tmp_path, retry_failed=True), "r", "stored"))["key"].to_pylist() == ["b.png"]
+    writer.write(report_rows(pairs_of(first).slice(1, 1), "suspect", "r"))
+    assert plan(job(tmp_path), "r", "stored").to_restore == 0
+    assert pairs_of(plan(job(tmp_path, retry_failed=True), "r", "stored"))["key"].to_pylist() == ["b.png"]
+    assert plan(job(tmp_path), "another recipe", "stored").to_restore == 2
 
     (tmp_path / "in" / "a.png").write_bytes(b"changed")
     make(tmp_path / "in", "new.png")
-    assert plan(job(tmp_path), "r", "stored").pairs["key"].to_pylist() == ["a.png", "new.png"]
+    assert pairs_of(plan(job(tmp_path), "r", "stored"))["key"].to_pylist() == ["a.png", "new.png"]
 
 
 def test_another_recipe_in_between_makes_the_first_be_done_again(tmp_path: Path) -> None:
     make(tmp_path / "in", "a.png")
-    pairs = plan(job(tmp_path), "first", "stored").pairs
+    pairs = pairs_of(plan(job(tmp_path), "first", "stored"))
     writer = PartWriter(Store(str(tmp_path / "out")))
     for recipe in ("first", "second"):
         writer.write(report_rows(pairs, "restored", recipe))
-    assert len(plan(job(tmp_path), "second", "stored").pairs) == 0
-    assert len(plan(job(tmp_path), "first", "stored").pairs) == 1  # its image was replaced
+    assert plan(job(tmp_path), "second", "stored").to_restore == 0
+    assert plan(job(tmp_path), "first", "stored").to_restore == 1  # its image was replaced
 
 
 def test_another_convention_makes_what_was_scored_be_done_again(tmp_path: Path) -> None:
     make(tmp_path / "in", "a.png", "unscored.png")
-    pairs = plan(job(tmp_path), "r", "gopro").pairs
+    pairs = pairs_of(plan(job(tmp_path), "r", "gopro"))
     writer = PartWriter(Store(str(tmp_path / "out")))
     writer.write(report_rows(pairs.slice(0, 1), "restored", "r", "gopro"))
     writer.write(report_rows(pairs.slice(1, 1), "restored", "r"))
-    assert len(plan(job(tmp_path), "r", "gopro").pairs) == 0  # a row from before there were profiles stays valid
+    assert plan(job(tmp_path), "r", "gopro").to_restore == 0  # a row from before there were profiles stays valid
     for other in ("gopro+basicsr", "gopro+mmagic", "sidd"):
-        assert plan(job(tmp_path), "r", other).pairs["key"].to_pylist() == ["a.png"]
+        assert pairs_of(plan(job(tmp_path), "r", other))["key"].to_pylist() == ["a.png"]
     writer.write(report_rows(pairs.slice(0, 1), "restored", "r", "gopro+basicsr"))
-    assert len(plan(job(tmp_path), "r", "gopro+basicsr").pairs) == 0
+    assert plan(job(tmp_path), "r", "gopro+basicsr").to_restore == 0
     for other in ("gopro", "gopro+basicsr+y", "gopro+basicsr+crop4"):
-        assert plan(job(tmp_path), "r", other).pairs["key"].to_pylist() == ["a.png"]
+        assert pairs_of(plan(job(tmp_path), "r", other))["key"].to_pylist() == ["a.png"]
 
 
 def test_a_name_that_is_not_text_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
     make(tmp_path / "in", "good.png", os.fsdecode(b"caf\xe9.png"))
     todo = plan(job(tmp_path), "r", "stored")
-    assert todo.pairs["key"].to_pylist() == ["good.png"]
-    assert todo.decided["key"].to_pylist() == ["caf\\xe9.png"]
+    assert pairs_of(todo)["key"].to_pylist() == ["good.png"]
+    assert decided(todo) == {"caf\\xe9.png": ("refused", "key 'caf\\\\xe9.png' is not UTF-8: rename the file")}
     assert todo.keys.to_pylist() == ["caf\\xe9.png", "good.png"]
 
 
@@ -124,14 +150,14 @@ def test_a_reference_that_comes_or_changes_makes_its_image_be_done_again(tmp_pat
     make(tmp_path / "in", "a.png")
     make(tmp_path / "ref", "a.png")
     writer = PartWriter(Store(str(tmp_path / "out")))
-    writer.write(report_rows(plan(job(tmp_path), "r", "stored").pairs, "restored", "r"))
+    writer.write(report_rows(pairs_of(plan(job(tmp_path), "r", "stored")), "restored", "r"))
     scored = job(tmp_path, reference=str(tmp_path / "ref"))
     todo = plan(scored, "r", "stored")
-    assert len(todo.pairs) == 1
-    writer.write(report_rows(todo.pairs, "restored", "r"))
-    assert len(plan(scored, "r", "stored").pairs) == 0
+    assert todo.to_restore == 1
+    writer.write(report_rows(pairs_of(todo), "restored", "r"))
+    assert plan(scored, "r", "stored").to_restore == 0
     (tmp_path / "ref" / "a.png").write_bytes(b"sharper")
-    assert len(plan(scored, "r", "stored").pairs) == 1
+    assert plan(scored, "r", "stored").to_restore == 1
 
 
 @pytest.mark.parametrize(
@@ -146,47 +172,140 @@ def test_a_reference_that_comes_or_changes_makes_its_image_be_done_again(tmp_pat
     ],
 )
 def test_a_result_ends_as_its_format_does(key: str, image_format: str, written: str) -> None:
-    assert written_as(key, image_format) == written
+    assert written_as(pa.chunked_array([[key]]), image_format).to_pylist() == [written]
 
 
 def test_of_two_keys_that_would_share_a_name_the_second_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "in", "a.png", "a.tif", "b/a.tif", "c.TIF", "c.png")
     as_png = job(tmp_path, format="png")
     todo = plan(as_png, "r", "stored")
-    assert todo.pairs["key"].to_pylist() == ["a.png", "b/a.tif", "c.TIF"]
-    outputs = todo.pairs["output"].to_pylist()
+    assert pairs_of(todo)["key"].to_pylist() == ["a.png", "b/a.tif", "c.TIF"]
+    outputs = pairs_of(todo)["output"].to_pylist()
     assert outputs == [f"{tmp_path}/out/images/{name}" for name in ("a.png", "b/a.png", "c.png")]
-    refused = {row["key"]: (row["status"], row["reason"]) for row in todo.decided.to_pylist()}
-    assert refused == {
+    assert decided(todo) == {
         "a.tif": ("refused", "its result would be a.png, which is that of a.png: rename one of them"),
         "c.png": ("refused", "its result would be c.png, which is that of c.TIF: rename one of them"),
     }
-    assert len(plan(job(tmp_path), "r", "stored").pairs) == 5  # every name is its own where formats are kept
+    aside = Store(str(tmp_path / "aside"))
+    kept = plan(job(tmp_path), "kept", "stored", place=aside)
+    assert (kept.to_restore, kept.decided) == (5, 0)  # every name is its own where formats are kept
 
     writer = PartWriter(Store(str(tmp_path / "out")))
-    writer.write(report_rows(todo.pairs, "restored", "r"))
-    writer.write(todo.decided)
+    writer.write(report_rows(pairs_of(todo), "restored", "r"))
     again = plan(as_png, "r", "stored")
-    assert (len(again.pairs), len(again.decided), again.finished) == (0, 0, 5)
-    retried = plan(job(tmp_path, format="png", retry_failed=True), "r", "stored")
-    assert (len(retried.pairs), retried.decided["key"].to_pylist()) == (0, ["a.tif", "c.png"])
+    assert (again.to_restore, again.decided, again.finished) == (0, 0, 5)
+    retried = plan(job(tmp_path, format="png", retry_failed=True), "r", "stored", place=aside)
+    assert (retried.to_restore, list(decided(retried))) == (0, ["a.tif", "c.png"])
 
 
 @pytest.mark.parametrize(("status", "owner"), [("restored", "a.tif"), ("suspect", "a.tif"), ("refused", "a.png")])
 def test_a_result_that_is_there_keeps_its_name(tmp_path: Path, status: str, owner: str) -> None:
     make(tmp_path / "in", "a.png", "a.tif")
     first = plan(job(tmp_path, format="png", include=("*.tif",)), "r", "stored")
-    PartWriter(Store(str(tmp_path / "out"))).write(report_rows(first.pairs, status, "r"))
+    PartWriter(Store(str(tmp_path / "out"))).write(report_rows(pairs_of(first), status, "r"))
     wider = plan(job(tmp_path, format="png"), "r", "stored")
     assert wider.finished == 1
     if owner == "a.tif":  # a.png would have replaced its image
-        assert "which is that of a.tif" in wider.decided["reason"][0].as_py()
-    assert wider.pairs["key"].to_pylist() == (["a.png"] if owner == "a.png" else [])
+        assert "which is that of a.tif" in decided(wider)["a.png"][1]
+    assert pairs_of(wider)["key"].to_pylist() == (["a.png"] if owner == "a.png" else [])
 
 
-def test_parts_hold_all_pairs(tmp_path: Path) -> None:
-    make(tmp_path / "in", *(f"{i}.png" for i in range(5)))
-    todo = plan(job(tmp_path), "r", "stored")
-    write_parts(todo, Store(str(tmp_path / "out")))
-    (part,) = (tmp_path / "out" / "manifest").iterdir()
-    assert pa.parquet.read_table(part).equals(todo.pairs)
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "ROWS", 2)
+    monkeypatch.setattr(listing, "ROWS", 3)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_parts_hold_all_pairs_in_order_however_they_are_cut(tmp_path: Path) -> None:
+    make(tmp_path / "in", *(f"{i}.png" for i in range(9)), "no text.txt", "x\\y.png")
+    make(tmp_path / "ref", *(f"{i}.tif" for i in range(9) if i != 4))
+    scored = job(tmp_path, reference=str(tmp_path / "ref"))
+    todo = plan(scored, "r", "stored")
+    assert todo.keys.to_pylist() == [*(f"{i}.png" for i in range(9)), "x\\y.png"]
+    assert (todo.matched, todo.to_restore, todo.decided, todo.finished) == (10, 8, 2, 0)
+    assert {key: status for key, (status, _) in decided(todo).items()} == {"4.png": "missing", "x\\y.png": "refused"}
+    files = sorted((tmp_path / "out" / "manifest").iterdir())
+    assert [len(pq.read_table(file)) for file in files] == [2, 2, 1, 2, 1]
+    assert pa.concat_tables([pq.read_table(file) for file in files]).equals(pairs_of(todo))
+    keys = [str(i) for i in range(9) if i != 4]
+    assert pairs_of(todo).to_pylist() == [
+        {
+            "key": f"{i}.png",
+            "source": f"{tmp_path}/in/{i}.png",
+            "reference": f"{tmp_path}/ref/{i}.tif",
+            "output": f"{tmp_path}/out/images/{i}.png",
+            "size": 10,
+            "fingerprint": pairs_of(todo)["fingerprint"][at].as_py(),
+        }
+        for at, i in enumerate(keys)
+    ]
+    writer = PartWriter(Store(str(tmp_path / "out")))
+    writer.write(report_rows(pairs_of(todo).slice(0, 5), "restored", "r"))
+    assert pairs_of(plan(scored, "r", "stored"))["key"].to_pylist() == ["6.png", "7.png", "8.png"]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_names_are_owned_across_parts(tmp_path: Path) -> None:
+    make(tmp_path / "in", *(f"{i}.{ending}" for i in range(4) for ending in ("png", "tif")))
+    first = plan(job(tmp_path, format="png", include=("2.tif",)), "r", "stored")
+    PartWriter(Store(str(tmp_path / "out"))).write(report_rows(pairs_of(first), "restored", "r"))
+    todo = plan(job(tmp_path, format="png"), "r", "stored")
+    assert pairs_of(todo)["key"].to_pylist() == ["0.png", "1.png", "3.png"]
+    assert list(decided(todo)) == ["0.tif", "1.tif", "2.png", "3.tif"]
+    assert "that of 2.tif" in decided(todo)["2.png"][1]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_source_and_reference_in_one_place_are_listed_once(tmp_path: Path) -> None:
+    make(tmp_path / "in", *(f"s/{kind}/{i}.png" for kind in ("blur", "sharp") for i in range(3)))
+    (tmp_path / "in" / "s" / "sharp" / "1.png").unlink()
+    both = job(tmp_path, reference=str(tmp_path / "in"), pair="blur=sharp", include=("*/blur/*",))
+    todo = plan(both, "r", "stored")
+    assert pairs_of(todo)["reference"].to_pylist() == [f"{tmp_path}/in/s/sharp/{i}.png" for i in (0, 2)]
+    reason = decided(todo)["s/blur/1.png"][1]
+    assert reason.endswith(f"in {tmp_path}/in under the rule blur=sharp")
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_written_list_is_planned_in_its_own_order(tmp_path: Path) -> None:
+    make(tmp_path, *(f"in/{i}.png" for i in range(6)), *(f"ref/{i}.png" for i in range(5)))
+    lines = [f"in/{i}.png,{f'ref/{i}.png' if i != 2 else ''}" for i in (5, 3, 2, 4, 0)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["source,reference", *lines]) + "\n")
+    todo = plan(job(tmp_path, source=str(tmp_path / "pairs.csv"), limit=4), "r", "stored")
+    assert todo.keys.to_pylist() == ["5.png", "3.png", "2.png", "4.png"]
+    assert pairs_of(todo)["reference"].to_pylist() == [f"{tmp_path}/ref/{i}.png" for i in (5, 3, 4)]
+    assert list(decided(todo)) == ["2.png"]
+
+
+def test_a_plan_for_elsewhere_leaves_the_output_alone(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.png", "b\\c.png")
+    todo = plan(job(tmp_path), "r", "stored", place=Store(str(tmp_path / "aside")))
+    assert (pairs_of(todo)["key"].to_pylist(), list(decided(todo))) == (["a.png"], ["b\\c.png"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_starting_anew_counts_no_earlier_row_and_says_what_it_leaves_behind(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.png", "b.png", "bad.png")
+    output = Store(str(tmp_path / "out"))
+    first = plan(job(tmp_path), "r", "stored")
+    writer = PartWriter(output)
+    writer.write(report_rows(pairs_of(first).slice(0, 2), "restored", "r"))
+    writer.write(report_rows(pairs_of(first).slice(2, 1), "unreadable", "r"))
+    as_tiff = plan(job(tmp_path, format="tiff", include=("a.*",)), "t", "stored")
+    writer.write(report_rows(pairs_of(as_tiff), "suspect", "t"))
+    before = read_rows(output)
+
+    (tmp_path / "in" / "b.png").unlink()
+    fresh = job(tmp_path, fresh=True)
+    images = set_aside(output)
+    assert sorted(images.to_pylist()) == [f"{tmp_path}/out/images/{name}" for name in ("a.png", "a.tif", "b.png")]
+    todo = plan(fresh, "r", "stored")
+    assert pairs_of(todo)["key"].to_pylist() == ["a.png", "bad.png"]
+    assert left_behind(todo, images) == 2  # a.tif and b.png
+    assert len(read_rows(output)) == 0
+    (aside,) = (tmp_path / "out" / "report-before").iterdir()
+    (tmp_path / "again").mkdir()
+    aside.rename(tmp_path / "again" / "report")
+    assert read_rows(Store(str(tmp_path / "again"))).equals(before)
+    assert len(set_aside(output)) == left_behind(todo, set_aside(output)) == 0

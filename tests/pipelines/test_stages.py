@@ -22,6 +22,7 @@ from pipelines.manifest import plan
 from pipelines.records import REPORT_SCHEMA
 from pipelines.settings import RestoreJob
 from pipelines.stages import RestoreActor, Work, fetch, finish
+from pipelines.storage import Store
 from tests.conftest import GOPRO_LIKE, random_network, save_published
 
 
@@ -65,7 +66,7 @@ def work_and_pairs(
         device="cpu",
         max_pixels=10**6,
     )
-    return work, plan(job, recipe.hash, protocol).pairs
+    return work, next(plan(job, recipe.hash, protocol, place=Store(str(places / "plan"))).tables())
 
 
 def walk(work: Work, pairs: pa.Table) -> list[dict[str, object]]:
