@@ -201,7 +201,7 @@ def restore_images(prepared: Prepared, plan: Plan) -> dict[str, Any]:
             progress.add(Counter(rows["status"].to_pylist()))
             watch.update()
 
-        return engine.run(plan.pairs, work, placement, on_rows, verbose=verbose)
+        return engine.run([plan.pairs], work, placement, on_rows, verbose=verbose)
 
 
 def work_of(prepared: Prepared, plan: Plan) -> Work:
@@ -374,7 +374,7 @@ def _moved(job: RestoreJob, trial: Trial, places: Sequence[int], before: Sequenc
     keys = plan.keys.take(pa.array([at for at in places if at < len(plan.keys)], pa.int64()))
     made: list[pa.Table] = []
     pairs = plan.pairs.filter(pc.is_in(plan.pairs["key"], value_set=keys))
-    engine.run(pairs, work_of(prepared, plan), placement_of(other), made.append)
+    engine.run([pairs], work_of(prepared, plan), placement_of(other), made.append)
     scores = {row["key"]: row["psnr"] for rows in made for row in rows.to_pylist()}
     after = [scores.get(key) for key in keys.to_pylist()]
     both = [

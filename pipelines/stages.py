@@ -9,10 +9,12 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,8 @@ from nafnet.images import Picture, RefusedImage, UnreadableImage, decode, encode
 from nafnet.memory import available_bytes
 from nafnet.metrics import Scores, quantize, score
 from nafnet.recipe import Recipe
-from nafnet.restore import Restored, Restorer, to_float
-from pipelines.containers import Collection, open_collection
+from nafnet.restore import Pixels, Restored, Restorer, to_float
+from pipelines.containers import open_collection
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, ReportRow, Status
 from pipelines.storage import Store, UnsafeKey
 from pipelines.weights import locate
@@ -61,7 +63,8 @@ PIXEL_SCHEMA = pa.schema(
     ]
 )
 
-_READERS = 8  # requests under way at once in one fetch task: they wait for the network far more than they compute
+BLOCK_BYTES = 16 * 2**20  # decoded, from which `fetch` gives a table away: its encoded size does not tell
+_REQUESTS = 8  # under way at once in one task: they wait for the network far more than they compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +99,50 @@ class Work:
         return (Exception,) if self.contained else ()
 
 
-def fetch(batch: pa.Table, work: Work) -> pa.Table:
-    """Read and decode each pair of a manifest table; `PIXEL_SCHEMA` out, with pixels or with a status and reason."""
-    with ThreadPoolExecutor(_READERS) as readers:
-        rows = list(readers.map(lambda row: _fetch_one(row, work), batch.to_pylist()))
-    return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+def fetch(batch: pa.Table, work: Work) -> Iterator[pa.Table]:
+    """Read and decode each pair of a manifest table; `PIXEL_SCHEMA` out, with pixels or with a status and reason.
+
+    Files are read several at once and decoded one by one. A table is given away once it holds `BLOCK_BYTES` of pixels.
+    """
+    rows, held = list[Row](), 0
+    pairs = batch.to_pylist()
+    with ThreadPoolExecutor(_REQUESTS) as readers:
+        for pair, read in zip(pairs, readers.map(partial(_try_read, work.source), pairs), strict=True):
+            rows.append(_decode_one(pair, read, work))
+            held += len(rows[-1]["pixels"] or b"")
+            if held >= BLOCK_BYTES:
+                yield pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+                rows, held = [], 0
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
 
 
-def _fetch_one(row: Row, work: Work) -> Row:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What came of a request: the file, or what went wrong, which whoever asked for it raises."""
+
+    data: bytes | Exception
+    seconds: float
+
+    def get(self) -> bytes:
+        if isinstance(self.data, Exception):
+            raise self.data
+        return self.data
+
+
+def _try_read(source: str, pair: Row) -> _Read:
     started = time.perf_counter()
     try:
-        picture = _read(open_collection(work.source), row["key"], work.max_pixels)
+        data: bytes | Exception = open_collection(source).read(pair["key"])
+    except Exception as error:  # noqa: BLE001 - raised again by `get`
+        data = error
+    return _Read(data, time.perf_counter() - started)
+
+
+def _decode_one(row: Row, read: _Read, work: Work) -> Row:
+    started = time.perf_counter()
+    try:
+        picture = decode(read.get(), max_pixels=work.max_pixels)
     except FileNotFoundError:
         return _end(row, Status.MISSING, "listed, but gone when it was to be read: run again to list anew")
     except UnreadableImage as error:
@@ -125,7 +161,7 @@ def _fetch_one(row: Row, work: Work) -> Row:
         "channels": picture.channels,
         "dtype": picture.pixels.dtype.name,
         "pixels": picture.pixels.tobytes(),
-        "fetch_seconds": time.perf_counter() - started,
+        "fetch_seconds": read.seconds + time.perf_counter() - started,
     }
 
 
@@ -160,29 +196,51 @@ class RestoreActor:
         self.restorer = load_restorer(work.weights, work.recipe, device=work.device, memory=memory)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """`PIXEL_SCHEMA` in and out."""
+        """`PIXEL_SCHEMA` in and out. Images of one size and kind pass through the network together where that pays."""
+        rows = list(_rows(batch))
+        together: list[list[int]] = []  # their places in `rows`
+        groups = defaultdict[tuple[Any, ...], list[int]](list)
+        for i, row in enumerate(rows):
+            if not row["status"]:
+                groups[row["height"], row["width"], row["channels"], row["dtype"], row["reference"] is None].append(i)
+        for (height, width, *_), places in groups.items():
+            most = self.restorer.batch(height, width)
+            together += [places[start : start + most] for start in range(0, len(places), most)]
         with ThreadPoolExecutor(self._at_once) as threads:
-            rows = list(threads.map(lambda row: row if row["status"] else self._restore_one(row), _rows(batch)))
+            done = threads.map(lambda places: self._restore([rows[i] for i in places]), together)
+            for places, restored in zip(together, done, strict=True):
+                for i, row in zip(places, restored, strict=True):
+                    rows[i] = row
         return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
 
-    def _restore_one(self, row: Row) -> Row:
+    def _restore(self, rows: list[Row]) -> list[Row]:
+        """Rows of one size and kind, which share their time in the network."""
         started = time.perf_counter()
+        try:
+            restored = self.restorer.restore_batch([self._input(row) for row in rows])
+        except (ValueError, MemoryError) as error:  # such as colour for a network of grey images, or far too large
+            if len(rows) > 1:
+                return [end for row in rows for end in self._restore([row])]
+            return [_end(rows[0], Status.REFUSED, str(error))]
+        except self.work.caught as error:
+            return [_crashed(row, "restoring it", error) for row in rows]
+        seconds = (time.perf_counter() - started) / len(rows)
+        return [self._output(row, one, seconds) for row, one in zip(rows, restored, strict=True)]
+
+    def _input(self, row: Row) -> Pixels:
         pixels = _pixels(row, "pixels", row["dtype"])
         scored_unrounded = row["reference"] is not None and not Convention.parse(self.work.protocol).rounds
         if scored_unrounded or _written_dtype(row, self.work) != row["dtype"]:
-            pixels = to_float(pixels)  # rounded once, by whoever needs integers
-        try:
-            restored: Restored = self.restorer.restore(pixels)
-        except (ValueError, MemoryError) as error:  # such as colour for a network of grey images, or far too large
-            return _end(row, Status.REFUSED, str(error))
-        except self.work.caught as error:
-            return _crashed(row, "restoring it", error)
+            return to_float(pixels)  # rounded once, by whoever needs integers
+        return pixels
+
+    def _output(self, row: Row, restored: Restored, seconds: float) -> Row:
         return {
             **row,
             "pixels": row["pixels"] if row["reference"] is not None else None,  # needed again only to score
             "restored": restored.pixels.tobytes(),
             "restored_dtype": restored.pixels.dtype.name,
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
             "tiles": restored.tiles,
             "tile": restored.tile,
             "precision": restored.precision,
@@ -194,41 +252,74 @@ class RestoreActor:
 
 def finish(batch: pa.Table, work: Work) -> pa.Table:
     """Score, encode and write each restored row; `REPORT_SCHEMA` out. The image is written before its row is made."""
-    rows = [asdict(_finish_one(row, work)) for row in _rows(batch)]
-    return pa.Table.from_pylist(rows, schema=REPORT_SCHEMA)
+    rows = list(_rows(batch))
+    with ThreadPoolExecutor(_REQUESTS) as requests:
+        references = requests.map(partial(_try_reference, work), rows)
+        writes = [
+            requests.submit(_write_one, _encode_one(row, reference, work), work)
+            for row, reference in zip(rows, references, strict=True)
+        ]
+        return pa.Table.from_pylist([asdict(write.result()) for write in writes], schema=REPORT_SCHEMA)
 
 
-def _finish_one(row: Row, work: Work) -> ReportRow:
+def _try_reference(work: Work, row: Row) -> _Read | None:
+    """The row's reference; None where there is nothing to score."""
+    if row["status"] or row["reference"] is None or work.reference is None:
+        return None
+    references = open_collection(work.reference)
+    return _try_read(work.reference, {"key": references.key(row["reference"])})
+
+
+def _encode_one(row: Row, reference: _Read | None, work: Work) -> Row:
+    """The row with its scores, digest and `file`, the bytes to write; without a file when it has ended."""
     started = time.perf_counter()
-    scores: dict[str, Any] = {}
-    if row["status"] is None:
+    row |= {"file": None, "digest": None, "scores": {}}
+    if row["status"]:
+        return row
+    try:
+        if reference is not None:
+            row["scores"] = _score_one(row, reference, work)
+        picture = _picture(row, work)
+        row |= {"file": _encode(picture, work), "digest": digest(picture.pixels)}
+    except _Mismatch as error:
+        row |= _end(row, error.status, str(error))
+    except work.caught as error:
+        row |= _crashed(row, "scoring it", error)
+    row["finish_seconds"] = time.perf_counter() - started + (reference.seconds if reference is not None else 0)
+    return row
+
+
+def _write_one(row: Row, work: Work) -> ReportRow:
+    """Write the row's file, if it has one, and only then say so."""
+    started = time.perf_counter()
+    if row["file"] is not None:
         try:
-            scores = _score_one(row, work)
-            output, picture = Store(work.output), _picture(row, work)
-            output.write(output.key(row["output"]), _encode(picture, work))
-            row["digest"] = digest(picture.pixels)
-            row["status"] = Status.SUSPECT if row["suspect"] else Status.RESTORED
-            row["reason"] = row["suspect"]
-        except _Mismatch as error:
-            row = _end(row, error.status, str(error))
+            output = _store(work.output, os.getpid())
+            output.write(output.key(row["output"]), row["file"])
+            row |= {"status": Status.SUSPECT if row["suspect"] else Status.RESTORED, "reason": row["suspect"]}
         except work.caught as error:
-            row = _crashed(row, "scoring or writing it", error)
-    depth = np.dtype(row["dtype"]).itemsize * 8 if row["dtype"] else None
+            row |= _crashed(row, "writing it", error)
     written = row["status"] in (Status.RESTORED, Status.SUSPECT)
     return ReportRow(
         **{name: row[name] for name in ("key", "status", "source", "size", "fingerprint", "reason", "reference")},
         **{name: row[name] for name in ("width", "height", "channels", "fetch_seconds", "worker")},
-        bit_depth=depth,
+        bit_depth=np.dtype(row["dtype"]).itemsize * 8 if row["dtype"] else None,
         recipe=work.recipe.hash,
         seconds=row["seconds"],
         **{name: row[name] for name in ("tiles", "tile", "precision", "note")},
-        digest=row.get("digest"),
+        digest=row["digest"] if written else None,
         output=row["output"] if written else None,
-        finish_seconds=time.perf_counter() - started if written else None,
+        finish_seconds=row["finish_seconds"] + time.perf_counter() - started if written else None,
         finished_at=datetime.now(UTC),
         protocol=work.protocol if row["reference"] is not None else None,
-        **scores,
+        **row["scores"],
     )
+
+
+@lru_cache(maxsize=4)
+def _store(url: str, _process: int) -> Store:
+    """Opened once for each process: a file system must be made inside the one that uses it."""
+    return Store(url)
 
 
 class _Mismatch(Exception):  # noqa: N818 - a row's end, not a failure of the program
@@ -237,13 +328,10 @@ class _Mismatch(Exception):  # noqa: N818 - a row's end, not a failure of the pr
         self.status = status
 
 
-def _score_one(row: Row, work: Work) -> dict[str, Any]:
-    """The score columns of one row, none without a reference. Raises _Mismatch when they cannot be compared."""
-    if row["reference"] is None or work.reference is None:
-        return {}
+def _score_one(row: Row, read: _Read, work: Work) -> dict[str, Any]:
+    """The score columns of one row. Raises _Mismatch when it and its reference cannot be compared."""
     try:
-        references = open_collection(work.reference)
-        reference = _read(references, references.key(row["reference"]), work.max_pixels).pixels
+        reference = decode(read.get(), max_pixels=work.max_pixels).pixels
     except FileNotFoundError as error:
         raise _Mismatch(Status.MISSING, f"its reference {row['reference']} is gone") from error
     except (UnreadableImage, RefusedImage) as error:
@@ -304,10 +392,6 @@ def _written_dtype(row: Row, work: Work) -> str:
     if chosen == "same":
         return dtype
     return next(name for name in (dtype, "uint16", "uint8") if holds_depth(chosen, np.dtype(name).itemsize * 8))
-
-
-def _read(collection: Collection, key: str, max_pixels: int) -> Picture:
-    return decode(collection.read(key), max_pixels=max_pixels)
 
 
 def _rows(batch: pa.Table) -> Iterable[Row]:

@@ -69,7 +69,8 @@ def work_and_pairs(
 
 
 def walk(work: Work, pairs: pa.Table) -> list[dict[str, object]]:
-    rows = finish(RestoreActor(work)(fetch(pairs, work)), work)
+    actor = RestoreActor(work)
+    rows = pa.concat_tables(finish(actor(table), work) for table in fetch(pairs, work))
     assert rows.schema == REPORT_SCHEMA
     return rows.to_pylist()
 
