@@ -4,6 +4,7 @@ import pickle
 import signal
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 _MEANINGS = {
@@ -25,7 +26,7 @@ class Isolated:
     def __init__(self, pickled: bytes) -> None:
         """`pickled` is the function, by pickle or cloudpickle; it may keep state from call to call."""
         self._pickled = pickled
-        self._start()
+        self._child: BaseProcess | None = None
 
     def __call__(self, argument: Any) -> Any:
         """The function's result.
@@ -34,24 +35,25 @@ class Isolated:
             ProcessDied: the process died over it; the next call has a new one.
             Exception: what the function raised.
         """
+        child = self._child = self._child or self._start()
         try:
             self._pipe.send(argument)
             result, error = self._pipe.recv()
         except (EOFError, OSError):
-            self._child.join()
-            code = self._child.exitcode or 0
-            self._start()
-            raise ProcessDied(_how(code)) from None
+            child.join()
+            self._child = None
+            raise ProcessDied(_how(child.exitcode or 0)) from None
         if error is not None:
             raise error
         return result
 
-    def _start(self) -> None:
+    def _start(self) -> BaseProcess:
         context = get_context("spawn")  # what runs threads, as Ray's workers do, must not fork
         self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_serve, args=(theirs, self._pickled), daemon=True)
-        self._child.start()
+        child = context.Process(target=_serve, args=(theirs, self._pickled), daemon=True)
+        child.start()
         theirs.close()
+        return child
 
 
 def _serve(pipe: Connection, pickled: bytes) -> None:

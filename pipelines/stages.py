@@ -65,6 +65,8 @@ PIXEL_SCHEMA = pa.schema(
 
 BLOCK_BYTES = 16 * 2**20  # decoded, from which `fetch` gives a table away: its encoded size does not tell
 _REQUESTS = 8  # under way at once in one task: they wait for the network far more than they compute
+_ON_GPU = 2  # one image is copied while another is restored
+_SMALL_PIXELS = 2**20  # up to which an actor on a CPU restores several images at once, with a thread each
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,32 +192,43 @@ class RestoreActor:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.work = work
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
-        # On a GPU one image is copied while another is restored; on a CPU both would want the same cores.
-        self._at_once = 1 if work.device == "cpu" else 2
-        memory = int(available_bytes(work.device, work.memory_share) / self._at_once)
+        memory = available_bytes(work.device, work.memory_share) // (1 if work.device == "cpu" else _ON_GPU)
         self.restorer = load_restorer(work.weights, work.recipe, device=work.device, memory=memory)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`PIXEL_SCHEMA` in and out. Images of one size and kind pass through the network together where that pays."""
         rows = list(_rows(batch))
-        together: list[list[int]] = []  # their places in `rows`
-        groups = defaultdict[tuple[Any, ...], list[int]](list)
+        groups = defaultdict[tuple[Any, ...], list[int]](list)  # their places in `rows`
         for i, row in enumerate(rows):
             if not row["status"]:
                 groups[row["height"], row["width"], row["channels"], row["dtype"], row["reference"] is None].append(i)
+        queues = defaultdict[int, list[list[int]]](list)
         for (height, width, *_), places in groups.items():
             most = self.restorer.batch(height, width)
-            together += [places[start : start + most] for start in range(0, len(places), most)]
-        with ThreadPoolExecutor(self._at_once) as threads:
-            done = threads.map(lambda places: self._restore([rows[i] for i in places]), together)
-            for places, restored in zip(together, done, strict=True):
-                for i, row in zip(places, restored, strict=True):
-                    rows[i] = row
+            queues[self._at_once(height, width)] += [places[i : i + most] for i in range(0, len(places), most)]
+        for at_once, queue in queues.items():
+            with ThreadPoolExecutor(at_once) as pool:
+                done = pool.map(lambda places: self._restore([rows[i] for i in places]), queue)
+                for places, restored in zip(queue, done, strict=True):
+                    for i, row in zip(places, restored, strict=True):
+                        rows[i] = row
         return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+
+    def _at_once(self, height: int, width: int) -> int:
+        """How many calls of the network on images of this size (px) are under way at once.
+
+        On a CPU threads of their own do more for several images than all threads do for one after the other.
+        """
+        if self.work.device != "cpu":
+            return _ON_GPU
+        fits = self.work.threads * self.restorer.process_bytes(height, width, None) <= self.restorer.memory
+        return self.work.threads if fits and height * width <= _SMALL_PIXELS else 1
 
     def _restore(self, rows: list[Row]) -> list[Row]:
         """Rows of one size and kind, which share their time in the network."""
         started = time.perf_counter()
+        if self.work.device == "cpu":  # each thread of Python has a setting of its own
+            torch.set_num_threads(self.work.threads // self._at_once(rows[0]["height"], rows[0]["width"]))
         try:
             restored = self.restorer.restore_batch([self._input(row) for row in rows])
         except (ValueError, MemoryError) as error:  # such as colour for a network of grey images, or far too large
