@@ -42,7 +42,7 @@ class DeviceNetwork:
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
-        """Restore (H, W, image_channels) float32 in this machine's memory, about [0, 1]; the same out."""
+        """Restore ([N,] H, W, image_channels) float32 in this machine's memory, about [0, 1]; the same out."""
         started = time.perf_counter()
         if self.device.type != "cuda":
             restored = self._run(image)
@@ -57,8 +57,10 @@ class DeviceNetwork:
         return restored
 
     def _run(self, image: Tensor) -> Tensor:
-        # (H, W, C) memory seen as (1, C, H, W): channels-last without a copy
-        return cast(Tensor, self._network(image[None].permute(0, 3, 1, 2)))[0].permute(1, 2, 0).float()
+        # (N, H, W, C) memory seen as (N, C, H, W): channels-last without a copy
+        batch = image if image.ndim == 4 else image[None]
+        restored = cast(Tensor, self._network(batch.permute(0, 3, 1, 2)))
+        return restored.permute(0, 2, 3, 1).float().reshape(image.shape)
 
     def _stream(self) -> torch.cuda.Stream:
         if not hasattr(self._own, "stream"):

@@ -34,6 +34,8 @@ _CROP_PX = 256
 # the strongest noise that networks are trained on (sigma 50 of 255) is 0.2.
 SUSPECT_RMS = 0.25
 _BAND_VALUES = 2**22  # converted at once between integers and floats
+BATCH_PIXELS = 2**22  # in one pass through the network on a GPU: enough to fill one
+_SIDES = (-3, -2)  # the axes of height and width
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +60,7 @@ class Restored:
 
 
 class Restorer:
-    """Networks ready to restore images on one device, one image at a time."""
+    """Networks ready to restore images on one device."""
 
     def __init__(
         self, networks: Sequence[Network], recipe: Recipe, *, device: str = "cpu", memory: int | None = None
@@ -162,18 +164,10 @@ class Restorer:
                 a result that is not finite.
             MemoryError: even the smallest tile does not fit, or the recipe is deterministic and its tile does not.
         """
-        _check(image)
-        pixels = image if image.ndim == 3 else image[..., None]
-        colours = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))
-        colour = pixels[..., :colours]
-        for config in self.configs:
-            if colours not in (config.image_channels, 1):
-                raise ValueError(f"the network takes {config.image_channels} channels, the image has {colours}")
+        colour = self._colour(image)
         height, width = image.shape[:2]
-        if not self._proven:  # first, since float32 may need smaller tiles
-            with self._settings():
-                self._prove(colour)
-        notes: list[str] = []
+        self._ensure_proven(colour)  # first, since float32 may need smaller tiles
+        memory: str | None = None
         for tile in self._rungs(height, width):
             try:
                 with self._settings():
@@ -182,22 +176,47 @@ class Restorer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                notes = [f"out of memory {'with tiles of ' + str(tile) + ' px' if tile else 'as a whole'}"]
-            if self.device != "cpu":
-                torch.cuda.empty_cache()
+                memory = f"out of memory {'with tiles of ' + str(tile) + ' px' if tile else 'as a whole'}"
+            self._release()
         else:
-            raise MemoryError(f"{notes[0]}: give the actor more memory, or set a smaller tile")
-        out = np.empty_like(pixels)
-        out[..., colours:] = pixels[..., colours:]
-        suspect = self._conclude(colour, values, out[..., :colours])
-        return Restored(
-            pixels=out.reshape(image.shape),
-            tile=tile,
-            tiles=len(self._plan(height, width, tile)) or 1,
-            precision=precision,
-            suspect=suspect,
-            note="; ".join([*notes, *([reason] if reason else [])]) or None,
-        )
+            raise MemoryError(f"{memory}: give the actor more memory, or set a smaller tile")
+        return self._conclude(image, values, tile, precision, "; ".join(filter(None, (memory, reason))) or None)
+
+    def batch(self, height: int, width: int) -> int:
+        """How many images of this size (px) `restore_batch` takes through the network at once."""
+        if self.device == "cpu" or self.recipe.deterministic or self.tile(height, width) is not None:
+            return 1  # a CPU gains nothing; bits must not hang on an image's company; tiles are large enough
+        fixed = self.process_bytes(0, 0, None)  # the weights
+        fits = (self.memory - fixed) // max(1, self.process_bytes(height, width, None) - fixed)
+        return max(1, min(fits, BATCH_PIXELS // (height * width)))
+
+    def restore_batch(self, images: Sequence[Pixels]) -> list[Restored]:
+        """`restore` for images of one shape and dtype, `batch` of them at once; the same values, to rounding.
+
+        Raises:
+            ValueError, MemoryError: as `restore` does, for any of them.
+        """
+        most = self.batch(*images[0].shape[:2])
+        chunks = [images[start : start + most] for start in range(0, len(images), most)]
+        return [restored for chunk in chunks for restored in self._restore_together(chunk)]
+
+    def _restore_together(self, images: Sequence[Pixels]) -> list[Restored]:
+        """In one pass through the network; in halves, down to single images, where memory runs out."""
+        if len(images) == 1:
+            return [self.restore(images[0])]
+        colours = cast(Pixels, np.stack([self._colour(image) for image in images]))
+        self._ensure_proven(colours[0])
+        try:
+            with self._settings():
+                values, precision, reason = self._attempt(colours, None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return [self._conclude(*one, None, precision, reason) for one in zip(images, values, strict=True)]
+        self._release()
+        half = len(images) // 2
+        return self._restore_together(images[:half]) + self._restore_together(images[half:])
 
     def tile(self, height: int, width: int) -> int | None:
         """The side of the tiles that an image of this size (px) is first tried in; None for the whole image."""
@@ -237,7 +256,7 @@ class Restorer:
         return "\n".join(lines)
 
     def _ready(self, network: Network, precision: Precision) -> Callable[[Tensor], Tensor]:
-        """(H, W, C) float32 on the CPU to the same."""
+        """(H, W, C) float32 on the CPU to the same; on a GPU batches of them, too."""
         if self.device == "cpu":
             return StripNetwork(network, DTYPES[precision])
         return DeviceNetwork(network, DTYPES[precision], self.device)
@@ -272,6 +291,26 @@ class Restorer:
             self._fallback = f"{precision} gave values that are not finite: float32 instead"
         return self._chain(colour, tile, "float32"), "float32", self._fallback
 
+    def _colour(self, image: Pixels) -> Pixels:
+        """(H, W, 1 or 3) of an image, without its alpha. Raises ValueError as `restore` says."""
+        _check(image)
+        pixels = image if image.ndim == 3 else image[..., None]
+        colours = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))
+        for config in self.configs:
+            if colours not in (config.image_channels, 1):
+                raise ValueError(f"the network takes {config.image_channels} channels, the image has {colours}")
+        return pixels[..., :colours]
+
+    def _release(self) -> None:
+        """Give back what an attempt that ran out of memory has left."""
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def _ensure_proven(self, colour: Pixels) -> None:
+        if not self._proven:
+            with self._settings():
+                self._prove(colour)
+
     def _prove(self, colour: Pixels) -> None:
         """Compare the recipe's precision with float32 on the centre of an image, and fall back if they differ."""
         top, left = (max(side - _CROP_PX, 0) // 2 for side in colour.shape[:2])
@@ -290,7 +329,7 @@ class Restorer:
         self._proven = not self.recipe.deterministic
 
     def _chain(self, colour: Pixels, tile: int | None, precision: Precision) -> Floats:
-        """Every step on (H, W, 1 or 3), as float32, not clamped."""
+        """Every step on ([N,] H, W, 1 or 3), as float32, not clamped. Tiles are of one image."""
         image: Pixels = colour
         for config, network in zip(self.configs, self._networks[precision], strict=True):
             if image is not colour:
@@ -303,18 +342,35 @@ class Restorer:
         total = np.zeros(image.shape, np.float32)
         for mirrored in (False, True):
             for turns in range(4):
-                turned = np.rot90(image[:, ::-1] if mirrored else image, turns)
-                back = np.rot90(self._tiled(turned, tile, restore), -turns)
-                total += back[:, ::-1] if mirrored else back
+                turned = np.rot90(image[..., ::-1, :] if mirrored else image, turns, _SIDES)
+                back = np.rot90(self._tiled(turned, tile, restore), -turns, _SIDES)
+                total += back[..., ::-1, :] if mirrored else back
         total /= 8
         return total
 
     def _tiled(self, image: Pixels, tile: int | None, restore: Callable[[Pixels], Floats]) -> Floats:
-        height, width = image.shape[:2]
-        plan = self._plan(height, width, tile)
+        plan = self._plan(image.shape[0], image.shape[1], tile)
         return restore_tiles(image, plan, restore) if plan else restore(image)
 
-    def _conclude(self, colour: Pixels, values: Floats, out: Pixels) -> str | None:
+    def _conclude(
+        self, image: Pixels, values: Floats, tile: int | None, precision: Precision, note: str | None
+    ) -> Restored:
+        """The image with its colours as the network made them, in its own dtype, its alpha as it was."""
+        pixels = image if image.ndim == 3 else image[..., None]
+        colours = values.shape[-1]
+        out = np.empty_like(pixels)
+        out[..., colours:] = pixels[..., colours:]
+        suspect = self._blend(pixels[..., :colours], values, out[..., :colours])
+        return Restored(
+            pixels=out.reshape(image.shape),
+            tile=tile,
+            tiles=len(self._plan(image.shape[0], image.shape[1], tile)) or 1,
+            precision=precision,
+            suspect=suspect,
+            note=note,
+        )
+
+    def _blend(self, colour: Pixels, values: Floats, out: Pixels) -> str | None:
         """Write the result, or the input and a reason when the guard gives the result up."""
         square, wrong = 0.0, 0
         rows = max(1, _BAND_VALUES // (colour.shape[1] * colour.shape[2]))
@@ -372,7 +428,7 @@ def has_arithmetic(precision: Precision) -> bool:
 
 
 def _apply(network: Callable[[Tensor], Tensor], channels: int, piece: Pixels) -> Floats:
-    """One network on (H, W, 1 or channels); grey is spread over the channels and gathered again."""
+    """One network on ([N,] H, W, 1 or channels); grey is spread over the channels and gathered again."""
     grey = piece.shape[-1] == 1 and channels > 1
     values = to_float(piece)
     if grey:

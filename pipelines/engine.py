@@ -9,6 +9,8 @@ import os
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster's token would be written into HOME
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side writes to stderr past any logger
+# Threads of the network that wait for one another spin: on a core that another stage wants, longer than they compute.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset it warns at each start
 
 import logging
@@ -20,23 +22,30 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import ray
+from ray import cloudpickle
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.exceptions import RayError, RayTaskError
 
-from pipelines.records import REPORT_SCHEMA, Status
-from pipelines.stages import RestoreActor, Work, fetch, finish
+from pipelines.isolation import Isolated, ProcessDied
+from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Status
+from pipelines.stages import BLOCK_BYTES, RestoreActor, Work, fetch, finish
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 8 * 2**20  # of encoded images: enough work to hide a block's overhead of 20 to 30 ms
-_BLOCK_ROWS = 16  # bounds what a block holds decoded, which its encoded size does not tell
+# A block costs 20 to 30 ms. `fetch` cuts it by what it holds decoded, which its encoded size does not tell.
+_BLOCK_BYTES = 8 * 2**20  # of encoded images
+_BLOCK_ROWS = 256
+_BLOCKS_PER_ACTOR = 4  # at least, so that all end at about the same time
 _SCARCE = 0.5  # CPUs that reading and writing reserve, so that they are never fused into the actors
 _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
-_RETRIES = 2  # of a block whose process died; Ray Data would go on for ever
+_RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
+_JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
 _WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
 
 
@@ -161,56 +170,45 @@ def run(
 ) -> dict[str, Any]:
     """Restore every pair of every part (`MANIFEST_SCHEMA`) and hand each its row (`REPORT_SCHEMA`) to `on_rows`.
 
-    Exactly one row comes back for every pair. Rows that a first pass lost, because a process died or a stage failed
-    on something other than a bad image, are tried again one by one; what kills its process again ends as `crashed`.
-    Returns what cluster, pool and threads did it.
+    Exactly one row comes back for every pair. Only one part is held at a time. Rows that a part's first pass lost,
+    because a process died or a stage failed on something other than a bad image, are tried again one by one; what
+    kills its process again ends as `crashed`. Returns what cluster, pool and threads did it.
 
     Raises:
+        RuntimeError: not one image of a part of several could be processed, each for an error of the job.
         ValueError: the placement asks for more than the cluster has.
     """
-    pairs = pa.concat_tables(parts)
-    with connect(placement.address, verbose=verbose) as cluster:
-        pool, threads = cluster.pool(placement.actors, placement.gpus_per_actor)
-        work = replace(work, threads=threads, memory_share=pool.memory_share(cluster.nodes))
-        remaining = _pass(pairs, work, pool, _blocks(pairs), on_rows)
-    if len(remaining):
-        logger.warning("%d images were lost with their process or to an error; trying each alone", len(remaining))
-        # As a new Ray job: an actor that was just being restarted outlives its pass and would hold the CPUs for ever.
-        second: list[pa.Table] = []
-        nothing_came = len(remaining) == len(pairs) > 1
-        with connect(placement.address, verbose=verbose):
-            singles = [remaining.slice(i, 1) for i in range(len(remaining))]
-            take = second.append if nothing_came else on_rows
-            remaining = _pass(remaining, replace(work, contained=True), pool, singles, take)
-        if nothing_came:
-            _judge(second, remaining, on_rows)
-    if len(remaining):
-        on_rows(_crashed(remaining, work))
-    return {**asdict(cluster), "pool": asdict(pool), "threads": threads}
+    parts = iter(parts)
+    lost, whole = MANIFEST_SCHEMA.empty_table(), False
+    while True:
+        with connect(placement.address, verbose=verbose) as cluster:
+            pool, threads = cluster.pool(placement.actors, placement.gpus_per_actor)
+            work = replace(work, threads=threads, memory_share=pool.memory_share(cluster.nodes))
+            _second_pass(lost, work, pool, on_rows, whole=whole)
+            for part in parts:
+                lost = _first_pass(part, work, pool, on_rows)
+                if len(lost):
+                    logger.warning(
+                        "%d images were lost with their process or to an error; trying each alone", len(lost)
+                    )
+                    whole = len(lost) == len(part) > 1
+                    break  # an actor that was just being restarted would outlive its pass and hold its CPUs for ever
+            else:
+                return {**asdict(cluster), "pool": asdict(pool), "threads": threads}
 
 
-def _judge(second: list[pa.Table], remaining: pa.Table, on_rows: Callable[[pa.Table], None]) -> None:
-    """Where not one image of several came through, the job is at fault and not its images: raise what they met."""
-    statuses = {status for rows in second for status in rows["status"].to_pylist()}
-    if statuses == {Status.CRASHED} and not len(remaining):
-        raise RuntimeError(f"no image could be processed; the first one met {second[0]['reason'][0].as_py()}")
-    for rows in second:
-        on_rows(rows)
-
-
-def _pass(
-    pairs: pa.Table, work: Work, pool: Pool, blocks: list[pa.Table], on_rows: Callable[[pa.Table], None]
-) -> pa.Table:
-    """One run over `blocks`; returns the pairs for which no row came back."""
+def _first_pass(part: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Table], None]) -> pa.Table:
+    """Restore a part in blocks; returns the pairs for which no row came back."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = -1  # a lost block is not a lost run: its keys come back in the second pass
     context.wait_for_min_actors_s = _WAIT_FOR_ACTORS_SECONDS
+    context.target_max_block_size = BLOCK_BYTES  # `fetch` gives away no less, which Ray would gather otherwise
     with warnings.catch_warnings():
         # max_restarts and max_task_retries go away in Ray 2.64, which is why it is pinned below: nothing replaces them.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        stages = _stages(blocks, work, pool)
+        stages = _stages(_blocks(part, pool.actors), work, pool)
     seen: set[str] = set()
     batches: Iterable[pa.Table] = stages.iter_batches(batch_size=None, batch_format="pyarrow")
     for rows in batches:
@@ -219,7 +217,78 @@ def _pass(
         )
         seen.update(fresh["key"].to_pylist())
         on_rows(fresh)
-    return pairs.filter(pa.array([key not in seen for key in pairs["key"].to_pylist()], pa.bool_()))
+    return part.filter(pa.array([key not in seen for key in part["key"].to_pylist()], pa.bool_()))
+
+
+def _second_pass(lost: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Table], None], *, whole: bool) -> None:
+    """Each pair alone, in a process of its own. `whole`: a part of which nothing came back.
+
+    Where not one of the first few comes through then, the job is at fault and not its images: raise what they met.
+    """
+    failed: list[pa.Table] = []
+    for rows, died in _each_alone(lost, replace(work, contained=True), pool):
+        failed.append(rows)
+        if whole and not died and rows["status"][0].as_py() == Status.CRASHED:
+            if len(failed) == min(len(lost), _JUDGED):
+                raise RuntimeError(f"no image could be processed; one met {rows['reason'][0].as_py()}")
+            continue
+        whole = False
+        for one in failed:
+            on_rows(one)
+        failed.clear()
+
+
+def _each_alone(lost: pa.Table, work: Work, pool: Pool) -> Iterator[tuple[pa.Table, bool]]:
+    """Each pair's row, and whether its process died."""
+    task = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0, max_calls=0)(_alone)
+    chain = cloudpickle.dumps(_Chain(fetch, RestoreActor, finish, work))  # type: ignore[no-untyped-call]
+    under_way: dict[Any, pa.Table] = {}
+    singles = (lost.slice(i, 1) for i in range(len(lost)))
+    while True:
+        under_way |= {task.remote(single, chain): single for single in islice(singles, pool.actors - len(under_way))}
+        if not under_way:
+            return
+        [done], _ = ray.wait(list(under_way))
+        single = under_way.pop(done)
+        try:
+            rows = ray.get(done)
+        except RayTaskError:  # raised by the job's own code
+            raise
+        except RayError as error:
+            rows = str(error).partition("\n")[0]
+        yield (_crashed(single, work, rows), True) if isinstance(rows, str) else (rows, False)
+
+
+def _alone(pairs: pa.Table, chain: bytes) -> pa.Table | str:
+    """The rows of `pairs`, or how the process that had them died."""
+    try:
+        return _isolated(chain)(pairs)
+    except ProcessDied as death:
+        return str(death)
+
+
+@lru_cache(maxsize=1)
+def _isolated(chain: bytes) -> Isolated:
+    """Kept from task to task: it starts in seconds and works in milliseconds."""
+    return Isolated(chain)
+
+
+class _Chain:
+    """All stages one after the other in one process."""
+
+    def __init__(
+        self,
+        fetch: Callable[[pa.Table, Work], Iterable[pa.Table]],
+        actor: type[RestoreActor],
+        finish: Callable[[pa.Table, Work], pa.Table],
+        work: Work,
+    ) -> None:
+        self._fetch, self._make_actor, self._finish, self._work = fetch, actor, finish, work
+        self._actor: RestoreActor | None = None
+
+    def __call__(self, pairs: pa.Table) -> pa.Table:
+        self._actor = self._actor or self._make_actor(self._work)
+        return pa.concat_tables(self._finish(self._actor(t), self._work) for t in self._fetch(pairs, self._work))
 
 
 def _stages(blocks: list[pa.Table], work: Work, pool: Pool) -> Dataset:
@@ -253,23 +322,28 @@ def _stages(blocks: list[pa.Table], work: Work, pool: Pool) -> Dataset:
     )
 
 
-def _blocks(pairs: pa.Table) -> list[pa.Table]:
-    """Neighbouring pairs cut into blocks of about equal bytes: few large images, or many small ones."""
+def _blocks(part: pa.Table, actors: int) -> list[pa.Table]:
+    """The part cut into blocks of about equal bytes, few large images or many small ones, the largest first.
+
+    A large image that came last would leave all actors but one idle. A small part has blocks for every actor.
+    """
+    part = part.sort_by([("size", "descending"), ("key", "ascending")])
+    most = max(1, min(_BLOCK_ROWS, len(part) // (_BLOCKS_PER_ACTOR * actors)))
     blocks, start, size = list[pa.Table](), 0, 0
-    for i, file_size in enumerate(pairs["size"].to_pylist()):
-        if i > start and (size + file_size > _BLOCK_BYTES or i - start == _BLOCK_ROWS):
-            blocks.append(pairs.slice(start, i - start))
+    for i, file_size in enumerate(part["size"].to_pylist()):
+        if i > start and (size + file_size > _BLOCK_BYTES or i - start == most):
+            blocks.append(part.slice(start, i - start))
             start, size = i, 0
         size += file_size
-    if start < len(pairs):
-        blocks.append(pairs.slice(start))
+    if start < len(part):
+        blocks.append(part.slice(start))
     return blocks
 
 
-def _crashed(pairs: pa.Table, work: Work) -> pa.Table:
+def _crashed(pairs: pa.Table, work: Work, seen: str) -> pa.Table:
     reason = (
-        "the process died each time it held this image: out of memory, or a fault in native code; "
-        "restore it alone with -v to see, or leave it out with --exclude"
+        f"the process died each time it held this image; when it held no other, {seen}: "
+        "restore it by itself with -v to see more, or leave it out with --exclude"
     )
     rows = [
         {

@@ -9,10 +9,12 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,11 +29,11 @@ from nafnet.images import Picture, RefusedImage, UnreadableImage, decode, encode
 from nafnet.memory import available_bytes
 from nafnet.metrics import Scores, quantize, score
 from nafnet.recipe import Recipe
-from nafnet.restore import Restored, Restorer, to_float
-from pipelines.containers import Collection, open_collection
+from nafnet.restore import Pixels, Restored, Restorer, to_float
+from pipelines.containers import open_collection
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, ReportRow, Status
 from pipelines.retry import counted
-from pipelines.storage import Store, UnsafeKey, use
+from pipelines.storage import Store, UnsafeKey, in_force, use
 from pipelines.storage_options import StorageOptions
 from pipelines.weights import locate
 
@@ -64,7 +66,10 @@ PIXEL_SCHEMA = pa.schema(
     ]
 )
 
-_READERS = 8  # requests under way at once in one fetch task: they wait for the network far more than they compute
+BLOCK_BYTES = 16 * 2**20  # decoded, from which `fetch` gives a table away: its encoded size does not tell
+_REQUESTS = 8  # under way at once in one task: they wait for the network far more than they compute
+_ON_GPU = 2  # one image is copied while another is restored
+_SMALL_PIXELS = 2**20  # up to which an actor on a CPU restores several images at once, with a thread each
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,24 +106,61 @@ class Work:
         return (Exception,) if self.contained else ()
 
 
-def fetch(batch: pa.Table, work: Work) -> pa.Table:
-    """Read and decode each pair of a manifest table; `PIXEL_SCHEMA` out, with pixels or with a status and reason."""
+def fetch(batch: pa.Table, work: Work) -> Iterator[pa.Table]:
+    """Read and decode each pair of a manifest table; `PIXEL_SCHEMA` out, with pixels or with a status and reason.
+
+    Files are read several at once and decoded one by one. A table is given away once it holds `BLOCK_BYTES` of pixels.
+    """
     use(work.storage)
-    with ThreadPoolExecutor(_READERS) as readers:
-        rows = list(readers.map(lambda row: _fetch_counted(row, work), batch.to_pylist()))
-    return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+    rows, held = list[Row](), 0
+    pairs = batch.to_pylist()
+    with ThreadPoolExecutor(_REQUESTS) as readers:
+        for pair, read in zip(pairs, readers.map(partial(_read_pair, work), pairs), strict=True):
+            rows.append({**_decode_one(pair, read, work), "retries": read.retries})
+            held += len(rows[-1]["pixels"] or b"")
+            if held >= BLOCK_BYTES:
+                yield pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+                rows, held = [], 0
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
 
 
-def _fetch_counted(row: Row, work: Work) -> Row:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What came of a request: the file, or what went wrong, which whoever asked for it raises."""
+
+    data: bytes | Exception
+    seconds: float
+    retries: int
+
+    def get(self) -> bytes:
+        if isinstance(self.data, Exception):
+            raise self.data
+        return self.data
+
+
+def _read_pair(work: Work, pair: Row) -> _Read:
+    return _try_read(work.source, pair["key"], pair["size"])
+
+
+def _try_read(source: str, key: str, size: int | None = None) -> _Read:
+    """A file of which `size` bytes were listed; None where it was not listed."""
+    started = time.perf_counter()
     with counted() as count:
-        fetched = _fetch_one(row, work)
-    return {**fetched, "retries": count.retries}
+        try:
+            collection = open_collection(source)
+            data: bytes | Exception = (
+                collection.read(key, size=size) if isinstance(collection, Store) else collection.read(key)
+            )
+        except Exception as error:  # noqa: BLE001 - raised again by `get`
+            data = error
+    return _Read(data, time.perf_counter() - started, count.retries)
 
 
-def _fetch_one(row: Row, work: Work) -> Row:
+def _decode_one(row: Row, read: _Read, work: Work) -> Row:
     started = time.perf_counter()
     try:
-        picture = _read(open_collection(work.source), row["key"], work.max_pixels, row["size"])
+        picture = decode(read.get(), max_pixels=work.max_pixels)
     except FileNotFoundError:
         return _end(row, Status.MISSING, "listed, but gone when it was to be read: run again to list anew")
     except UnreadableImage as error:
@@ -137,7 +179,7 @@ def _fetch_one(row: Row, work: Work) -> Row:
         "channels": picture.channels,
         "dtype": picture.pixels.dtype.name,
         "pixels": picture.pixels.tobytes(),
-        "fetch_seconds": time.perf_counter() - started,
+        "fetch_seconds": read.seconds + time.perf_counter() - started,
     }
 
 
@@ -167,35 +209,68 @@ class RestoreActor:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.work = work
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
-        # On a GPU one image is copied while another is restored; on a CPU both would want the same cores.
-        self._at_once = 1 if work.device == "cpu" else 2
-        memory = int(available_bytes(work.device, work.memory_share) / self._at_once)
+        memory = available_bytes(work.device, work.memory_share) // (1 if work.device == "cpu" else _ON_GPU)
         self.restorer = load_restorer(work.weights, work.recipe, device=work.device, memory=memory)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """`PIXEL_SCHEMA` in and out."""
-        with ThreadPoolExecutor(self._at_once) as threads:
-            rows = list(threads.map(lambda row: row if row["status"] else self._restore_one(row), _rows(batch)))
+        """`PIXEL_SCHEMA` in and out. Images of one size and kind pass through the network together where that pays."""
+        rows = list(_rows(batch))
+        groups = defaultdict[tuple[Any, ...], list[int]](list)  # their places in `rows`
+        for i, row in enumerate(rows):
+            if not row["status"]:
+                groups[row["height"], row["width"], row["channels"], row["dtype"], row["reference"] is None].append(i)
+        queues = defaultdict[int, list[list[int]]](list)
+        for (height, width, *_), places in groups.items():
+            most = self.restorer.batch(height, width)
+            queues[self._at_once(height, width)] += [places[i : i + most] for i in range(0, len(places), most)]
+        for at_once, queue in queues.items():
+            with ThreadPoolExecutor(at_once) as pool:
+                done = pool.map(lambda places: self._restore([rows[i] for i in places]), queue)
+                for places, restored in zip(queue, done, strict=True):
+                    for i, row in zip(places, restored, strict=True):
+                        rows[i] = row
         return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
 
-    def _restore_one(self, row: Row) -> Row:
+    def _at_once(self, height: int, width: int) -> int:
+        """How many calls of the network on images of this size (px) are under way at once.
+
+        On a CPU threads of their own do more for several images than all threads do for one after the other.
+        """
+        if self.work.device != "cpu":
+            return _ON_GPU
+        fits = self.work.threads * self.restorer.process_bytes(height, width, None) <= self.restorer.memory
+        return self.work.threads if fits and height * width <= _SMALL_PIXELS else 1
+
+    def _restore(self, rows: list[Row]) -> list[Row]:
+        """Rows of one size and kind, which share their time in the network."""
         started = time.perf_counter()
+        if self.work.device == "cpu":  # each thread of Python has a setting of its own
+            torch.set_num_threads(self.work.threads // self._at_once(rows[0]["height"], rows[0]["width"]))
+        try:
+            restored = self.restorer.restore_batch([self._input(row) for row in rows])
+        except (ValueError, MemoryError) as error:  # such as colour for a network of grey images, or far too large
+            if len(rows) > 1:
+                return [end for row in rows for end in self._restore([row])]
+            return [_end(rows[0], Status.REFUSED, str(error))]
+        except self.work.caught as error:
+            return [_crashed(row, "restoring it", error) for row in rows]
+        seconds = (time.perf_counter() - started) / len(rows)
+        return [self._output(row, one, seconds) for row, one in zip(rows, restored, strict=True)]
+
+    def _input(self, row: Row) -> Pixels:
         pixels = _pixels(row, "pixels", row["dtype"])
         scored_unrounded = row["reference"] is not None and not Convention.parse(self.work.protocol).rounds
         if scored_unrounded or _written_dtype(row, self.work) != row["dtype"]:
-            pixels = to_float(pixels)  # rounded once, by whoever needs integers
-        try:
-            restored: Restored = self.restorer.restore(pixels)
-        except (ValueError, MemoryError) as error:  # such as colour for a network of grey images, or far too large
-            return _end(row, Status.REFUSED, str(error))
-        except self.work.caught as error:
-            return _crashed(row, "restoring it", error)
+            return to_float(pixels)  # rounded once, by whoever needs integers
+        return pixels
+
+    def _output(self, row: Row, restored: Restored, seconds: float) -> Row:
         return {
             **row,
             "pixels": row["pixels"] if row["reference"] is not None else None,  # needed again only to score
             "restored": restored.pixels.tobytes(),
             "restored_dtype": restored.pixels.dtype.name,
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
             "tiles": restored.tiles,
             "tile": restored.tile,
             "precision": restored.precision,
@@ -208,47 +283,77 @@ class RestoreActor:
 def finish(batch: pa.Table, work: Work) -> pa.Table:
     """Score, encode and write each restored row; `REPORT_SCHEMA` out. The image is written before its row is made."""
     use(work.storage)
-    rows = [asdict(_finish_counted(row, work)) for row in _rows(batch)]
-    return pa.Table.from_pylist(rows, schema=REPORT_SCHEMA)
+    rows = list(_rows(batch))
+    with ThreadPoolExecutor(_REQUESTS) as requests:
+        references = requests.map(partial(_try_reference, work), rows)
+        writes = [
+            requests.submit(_write_one, _encode_one(row, reference, work), work)
+            for row, reference in zip(rows, references, strict=True)
+        ]
+        return pa.Table.from_pylist([asdict(write.result()) for write in writes], schema=REPORT_SCHEMA)
 
 
-def _finish_counted(row: Row, work: Work) -> ReportRow:
-    with counted() as count:
-        finished = _finish_one(row, work)
-    return replace(finished, retries=(row["retries"] or 0) + count.retries)
+def _try_reference(work: Work, row: Row) -> _Read | None:
+    """The row's reference; None where there is nothing to score."""
+    if row["status"] or row["reference"] is None or work.reference is None:
+        return None
+    references = open_collection(work.reference)
+    return _try_read(work.reference, references.key(row["reference"]))
 
 
-def _finish_one(row: Row, work: Work) -> ReportRow:
+def _encode_one(row: Row, reference: _Read | None, work: Work) -> Row:
+    """The row with its scores, digest and `file`, the bytes to write; without a file when it has ended."""
     started = time.perf_counter()
-    scores: dict[str, Any] = {}
-    if row["status"] is None:
-        try:
-            scores = _score_one(row, work)
-            output, picture = Store(work.output), _picture(row, work)
-            output.write(output.key(row["output"]), _encode(picture, work))
-            row["digest"] = digest(picture.pixels)
-            row["status"] = Status.SUSPECT if row["suspect"] else Status.RESTORED
-            row["reason"] = row["suspect"]
-        except _Mismatch as error:
-            row = _end(row, error.status, str(error))
-        except work.caught as error:
-            row = _crashed(row, "scoring or writing it", error)
-    depth = np.dtype(row["dtype"]).itemsize * 8 if row["dtype"] else None
+    row |= {"file": None, "digest": None, "scores": {}}
+    row["retries"] = (row["retries"] or 0) + (reference.retries if reference is not None else 0)
+    if row["status"]:
+        return row
+    try:
+        if reference is not None:
+            row["scores"] = _score_one(row, reference, work)
+        picture = _picture(row, work)
+        row |= {"file": _encode(picture, work), "digest": digest(picture.pixels)}
+    except _Mismatch as error:
+        row |= _end(row, error.status, str(error))
+    except work.caught as error:
+        row |= _crashed(row, "scoring it", error)
+    row["finish_seconds"] = time.perf_counter() - started + (reference.seconds if reference is not None else 0)
+    return row
+
+
+def _write_one(row: Row, work: Work) -> ReportRow:
+    """Write the row's file, if it has one, and only then say so."""
+    started = time.perf_counter()
+    if row["file"] is not None:
+        with counted() as count:
+            try:
+                output = _store(work.output, os.getpid(), in_force())
+                output.write(output.key(row["output"]), row["file"])
+                row |= {"status": Status.SUSPECT if row["suspect"] else Status.RESTORED, "reason": row["suspect"]}
+            except work.caught as error:
+                row |= _crashed(row, "writing it", error)
+        row["retries"] += count.retries
     written = row["status"] in (Status.RESTORED, Status.SUSPECT)
     return ReportRow(
         **{name: row[name] for name in ("key", "status", "source", "size", "fingerprint", "reason", "reference")},
         **{name: row[name] for name in ("width", "height", "channels", "fetch_seconds", "worker")},
-        bit_depth=depth,
+        bit_depth=np.dtype(row["dtype"]).itemsize * 8 if row["dtype"] else None,
         recipe=work.recipe.hash,
         seconds=row["seconds"],
-        **{name: row[name] for name in ("tiles", "tile", "precision", "note")},
-        digest=row.get("digest"),
+        **{name: row[name] for name in ("tiles", "tile", "precision", "note", "retries")},
+        digest=row["digest"] if written else None,
         output=row["output"] if written else None,
-        finish_seconds=time.perf_counter() - started if written else None,
+        finish_seconds=row["finish_seconds"] + time.perf_counter() - started if written else None,
         finished_at=datetime.now(UTC),
         protocol=work.protocol if row["reference"] is not None else None,
-        **scores,
+        **row["scores"],
     )
+
+
+@lru_cache(maxsize=4)
+def _store(url: str, _process: int, _options: StorageOptions) -> Store:
+    """Opened once for each process: a file system must be made inside the one that uses it."""
+    return Store(url)
 
 
 class _Mismatch(Exception):  # noqa: N818 - a row's end, not a failure of the program
@@ -257,13 +362,10 @@ class _Mismatch(Exception):  # noqa: N818 - a row's end, not a failure of the pr
         self.status = status
 
 
-def _score_one(row: Row, work: Work) -> dict[str, Any]:
-    """The score columns of one row, none without a reference. Raises _Mismatch when they cannot be compared."""
-    if row["reference"] is None or work.reference is None:
-        return {}
+def _score_one(row: Row, read: _Read, work: Work) -> dict[str, Any]:
+    """The score columns of one row. Raises _Mismatch when it and its reference cannot be compared."""
     try:
-        references = open_collection(work.reference)
-        reference = _read(references, references.key(row["reference"]), work.max_pixels).pixels
+        reference = decode(read.get(), max_pixels=work.max_pixels).pixels
     except FileNotFoundError as error:
         raise _Mismatch(Status.MISSING, f"its reference {row['reference']} is gone") from error
     except (UnreadableImage, RefusedImage) as error:
@@ -324,11 +426,6 @@ def _written_dtype(row: Row, work: Work) -> str:
     if chosen == "same":
         return dtype
     return next(name for name in (dtype, "uint16", "uint8") if holds_depth(chosen, np.dtype(name).itemsize * 8))
-
-
-def _read(collection: Collection, key: str, max_pixels: int, size: int | None = None) -> Picture:
-    data = collection.read(key, size=size) if isinstance(collection, Store) else collection.read(key)
-    return decode(data, max_pixels=max_pixels)
 
 
 def _rows(batch: pa.Table) -> Iterable[Row]:

@@ -18,7 +18,7 @@ from nafnet.images import decode
 from nafnet.metrics import psnr
 from nafnet.restore import Restorer
 from pipelines.demo import make_photos, photographs
-from tests.benchmarks import cuda, networks, pictures, plan, throughput
+from tests.benchmarks import cuda, networks, pictures, plan, scale, throughput
 from tests.benchmarks.timing import HEADER, Row
 
 Part = tuple[list[Row], list[str]]  # of the table, and lines below it
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--runs", type=int, default=3, help="times each figure is taken")
     parser.add_argument("--images", type=int, default=1111, help="pairs that throughput is measured on")
+    parser.add_argument("--plot", type=Path, default=Path("bench-memory.png"), help="where to save memory over a run")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where to save the table")
     options = parser.parse_args()
     if unknown := set(options.parts) - PARTS.keys():
@@ -63,6 +64,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "gains": lambda _: ([], gain_lines()),
     "plan": lambda _: ([], plan.lines()),
     "throughput": lambda options: (throughput.rows(options.images), []),
+    "scale": lambda options: scale.rows(options.plot),
 }
 
 

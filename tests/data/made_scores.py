@@ -37,7 +37,9 @@ def scores(data: DataName, folder: Path) -> dict[str, dict[str, float]]:
     prepared = flows.prepare(job)
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
     work = flows.work_of(prepared, plan)
-    rows = stages.finish(stages.RestoreActor(work)(stages.fetch(next(plan.tables()), work)), work).to_pylist()
+    actor = stages.RestoreActor(work)
+    tables = [stages.finish(actor(table), work) for pairs in plan.tables() for table in stages.fetch(pairs, work)]
+    rows = [row for table in tables for row in table.to_pylist()]
     return {row["key"]: {name: row[name] for name in SCORES} for row in rows}
 
 

@@ -9,7 +9,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(
-        pairs: pa.Table, work: Work, _placement: Any, on_rows: Callable[[pa.Table], None], **_: Any
+        parts: Iterable[pa.Table], work: Work, _placement: Any, on_rows: Callable[[pa.Table], None], **_: Any
     ) -> dict[str, Any]:
         actor = RestoreActor(work)
-        for start in range(0, len(pairs), 4):
-            on_rows(finish(actor(fetch(pairs.slice(start, 4), work)), work))
+        for part in parts:
+            for start in range(0, len(part), 4):
+                for table in fetch(part.slice(start, 4), work):
+                    on_rows(finish(actor(table), work))
         return {}
 
     monkeypatch.setattr(engine, "run", run)
@@ -240,8 +242,8 @@ def test_an_interrupted_run_ends_as_one_run(tmp_path: Path, weights: Path, gopro
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     complete = engine.run
 
-    def cut(pairs: pa.Table, work: Work, placement: Any, on_rows: Any, **more: Any) -> dict[str, Any]:
-        complete(pairs.slice(0, 3), work, placement, on_rows, **more)
+    def cut(parts: Any, work: Work, placement: Any, on_rows: Any, **more: Any) -> dict[str, Any]:
+        complete([next(iter(parts)).slice(0, 3)], work, placement, on_rows, **more)
         raise KeyboardInterrupt
 
     (tmp_path / "out").rename(tmp_path / "first")

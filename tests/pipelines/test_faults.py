@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -45,8 +46,9 @@ def test_five_hundred_images_come_through_a_bad_network(
             source=job.source, reference=None, output=job.output, weights=(str(checkpoint_file),), recipe=recipe,
             protocol="stored", device="cpu", max_pixels=10**6, storage=options,
         )  # fmt: skip
-        pairs = plan(job, recipe.hash, "stored").pairs
-        rows = finish(RestoreActor(work)(fetch(pairs, work)), work)
+        [pairs] = plan(job, recipe.hash, "stored").tables()
+        actor = RestoreActor(work)
+        rows = pa.concat_tables([finish(actor(table), work) for table in fetch(pairs, work)])
     faults = {name: count for name, count in proxy.counts.items() if name != "passed"}
     assert len(faults) == 6
     assert rows["key"].to_pylist() == [f"{i:03d}.png" for i in range(500)]
@@ -61,7 +63,7 @@ def test_a_secret_is_in_nothing_that_a_run_leaves(
     s3_address: str,
     s3_folder: Path,
     tmp_path: Path,
-    prefect_server: None,
+    prefect_server: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],

@@ -22,7 +22,9 @@ job = RestoreJob(source=folder + "/in", output=folder + "/out", reference=folder
 recipe = Restorer.load(weights).recipe
 work = Work(source=job.source, reference=job.reference, output=job.output, weights=(weights,), recipe=recipe,
             protocol="gopro", device="cpu", max_pixels=10**7, threads=2)
-rows = finish(RestoreActor(work)(fetch(next(plan(job, recipe.hash, "gopro").tables()), work)), work)
+[pairs] = plan(job, recipe.hash, "gopro").tables()
+[pixels] = fetch(pairs, work)
+rows = finish(RestoreActor(work)(pixels), work)
 assert rows["status"].to_pylist() == ["restored"]
 print(peak_bytes())
 """
