@@ -6,7 +6,7 @@ import typer
 
 from nafnet.conventions import ProfileName, ProtocolName
 from nafnet.recipe import Precision
-from pipelines.cli_common import clear_errors, end_early, fail, quiet, words_of
+from pipelines.cli_common import clear_errors, end_early, end_together, fail, quiet, words_of
 
 
 def benchmark(
@@ -66,6 +66,7 @@ def benchmark(
     when nothing was started. A broken run goes on where it was.
     """
     quiet(verbose)
+    end_together()
     from pydantic import ValidationError
 
     from pipelines import flows

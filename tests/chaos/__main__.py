@@ -1,0 +1,170 @@
+"""`make chaos`: kill what can be killed while the real command works, and show that nothing is lost or done twice.
+
+Everything follows from the seed, which is printed with each kill's moment, apart from how fast this machine is.
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # as the command has it, for the cluster that it joins
+
+from ray.cluster_utils import Cluster
+
+from tests.chaos.harness import S3, Campaign, Outcome, Place, copy_into, judge, make_collection, schedule, undisturbed
+from tests.chaos.processes import below, kill
+
+IMAGES = 200
+_NODE = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
+# What is killed where, the first so many of it
+FAULTS = [
+    *(("local", "driver"), ("S3", "driver"), ("cluster", "worker node"), ("local", "actor"), ("S3", "S3 server")),
+    *(("local", "all its processes"), ("S3", "actor"), ("S3", "all its processes"), ("cluster", "actor")),
+    *(("local", "driver"), ("S3", "S3 server"), ("cluster", "worker node"), ("local", "actor"), ("S3", "driver")),
+    *(("local", "all its processes"), ("cluster", "driver"), ("S3", "actor"), ("S3", "S3 server"), ("local", "driver")),
+    *(("S3", "all its processes"), ("cluster", "worker node"), ("local", "actor"), ("local", "all its processes")),
+    ("S3", "S3 server"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the table: a fault in a place. Lost and duplicated are those of the place's collection at its end."""
+
+    fault: str
+    times: int
+    images: int
+    lost: int
+    duplicated: int
+    redone: int
+    most: int
+    seconds: float
+
+    def text(self) -> str:
+        return (
+            f"{self.fault:<28}{self.times:>6}{self.images:>8}{self.lost:>6}{self.duplicated:>12}"
+            f"{self.redone:>8}{self.most:>12}{self.seconds:>9.1f}"
+        )
+
+
+HEADER = (
+    f"{'fault':<28}{'times':>6}{'images':>8}{'lost':>6}{'duplicated':>12}{'redone':>8}{'most at once':>12}{'seconds':>9}"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is killed")
+    parser.add_argument("--kills", type=int, default=len(FAULTS), help=f"at most {len(FAULTS)}")
+    parser.add_argument("--minutes", type=float, default=15, help="after which nothing more is killed")
+    parser.add_argument("--short", action="store_true", help="local files alone, one driver and one actor")
+    parser.add_argument("--places", nargs="*", default=["local", "S3", "cluster"], help="of local, S3 and cluster")
+    options = parser.parse_args()
+    faults = [("local", "driver"), ("local", "actor")] if options.short else FAULTS[: options.kills]
+    print(f"seed {options.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="chaos") as folder:
+        sys.exit(chaos(Path(folder), faults, options))
+
+
+def chaos(home: Path, faults: list[tuple[str, str]], options: argparse.Namespace) -> int:
+    """Print the table; 1 when anything was lost, duplicated or left over."""
+    deadline = time.monotonic() + options.minutes * 60
+    os.environ["PREFECT_HOME"] = str(home / "prefect")
+    source, weights = make_collection(home, IMAGES)
+    log = home / "log"
+    quiet = Place("undisturbed", str(source), str(home / "quiet"), home / "quiet", weights)
+    expected, startup = undisturbed(quiet, log)
+    print(f"undisturbed: {len(expected)} images, the first after {startup:.1f} s", flush=True)
+    lines, failed = list[Line](), 0
+    for name in options.places:
+        chosen = [fault for place, fault in faults if place == name]
+        if not chosen:
+            continue
+        rng = random.Random(f"{options.seed} {name}")  # noqa: S311 - it is not for secrets
+        with PLACES[name](home, source, weights) as (place, scene):
+            campaign = Campaign(place, log, lambda text: print(text, flush=True), deadline)
+            seconds = campaign.go(schedule(rng, chosen, IMAGES, startup), rng, **scene)
+            verdict = judge(place, expected)
+        print(f"{name}: green after {seconds:.0f} s, {verdict.repeated} rows repeat a key", flush=True)
+        for what, keys in (("lost", verdict.lost), ("duplicated", verdict.duplicated)):
+            if keys:
+                print(f"{name}: {what}: {', '.join(keys[:10])}")
+        for outcome in campaign.outcomes:
+            for problem in outcome.problems:
+                print(f"{name}: after {outcome.fault}: {problem}")
+                failed = 1
+        failed |= bool(verdict.lost or verdict.duplicated)
+        lines += table(campaign.outcomes, name, len(expected), len(verdict.lost), len(verdict.duplicated))
+    print("\n".join([HEADER, *(line.text() for line in lines)]))
+    print(f"{sum(line.times for line in lines)} kills")
+    return failed
+
+
+def table(outcomes: list[Outcome], place: str, images: int, lost: int, duplicated: int) -> list[Line]:
+    by_fault: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        by_fault[outcome.fault].append(outcome)
+    lines = []
+    for fault, struck in by_fault.items():
+        redone = [outcome.redone for outcome in struck]
+        seconds = [outcome.seconds for outcome in struck if outcome.seconds is not None]
+        mean = sum(seconds) / max(1, len(seconds))
+        name = f"{fault}, {place}"
+        lines.append(Line(name, len(struck), images, lost, duplicated, sum(redone), max(redone), mean))
+    return lines
+
+
+Scene = dict[str, object]
+
+
+@contextmanager
+def local(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, Scene]]:
+    yield Place("local", str(source), str(home / "local"), home / "local", weights), {}
+
+
+@contextmanager
+def s3(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, Scene]]:
+    server = S3(home / "s3")
+    try:
+        copy_into(server.folder / "bucket", source)
+        disk = server.folder / "bucket" / "out"
+        place = Place("S3", "s3://bucket/in", "s3://bucket/out", disk, weights, environment=server.environment)
+        yield place, {"server": server}
+    finally:
+        server.stop()
+
+
+@contextmanager
+def cluster(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, Scene]]:
+    """Two nodes, on local files. A node that is lost comes back as another one a little later."""
+    nodes = Cluster(initialize_head=True, head_node_args=_NODE)
+    try:
+        worker = nodes.add_node(**_NODE)
+
+        def lose_node() -> None:
+            nonlocal worker
+            workers = [one for process in worker.live_processes() for one in below(process[1].pid)]
+            nodes.remove_node(worker, allow_graceful=False)
+            for one in workers:
+                kill(one.pid)
+            worker = nodes.add_node(**_NODE)
+
+        options = ("--ray-address", nodes.address, "--actors", "2")
+        yield Place("cluster", str(source), str(home / "cluster"), home / "cluster", weights, options), {
+            "lose_node": lose_node
+        }
+    finally:
+        nodes.shutdown()
+
+
+PLACES: dict[str, Callable[..., object]] = {"local": local, "S3": s3, "cluster": cluster}
+
+main()
