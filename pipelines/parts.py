@@ -13,7 +13,7 @@ from pipelines.records import REPORT_SCHEMA
 from pipelines.storage import Store
 
 _FLUSH_ROWS = 512
-_FLUSH_SECONDS = 10.0  # what a kill can lose: the rows, never the images, of the last so many seconds
+_FLUSH_SECONDS = 1.0  # what a kill can lose: the rows, never the images, of the last so many seconds
 
 
 def write_parquet(output: Store, key: str, table: pa.Table) -> None:

@@ -5,6 +5,7 @@ A `Store` is a prefix. Keys are relative to it, with '/' between their parts, an
 
 import os
 import posixpath
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -17,6 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 # One PUT either replaces the object or leaves it: no temporary name is needed (or possible) there.
 _WHOLE_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "memory"})
+# What a folder holds on Linux
+_NAME_BYTES, _PATH_BYTES = 255, 4096
 
 
 class StorageError(Exception):
@@ -24,7 +27,7 @@ class StorageError(Exception):
 
 
 class UnsafeKey(ValueError):  # noqa: N818 - it names what is wrong with the value
-    """A key that would leave its prefix, or that no file system can hold."""
+    """A key that would leave its prefix, that its file system cannot hold, or that is no file: a pipe, a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,11 @@ def check_key(key: str) -> str:
 
 
 def readable(key: str) -> str:
-    """`key` with bytes that are no UTF-8 written out (caf\\xe9.png), so that any table and terminal can hold it."""
-    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """`key` with bytes that are no UTF-8 written out (caf\\xe9.png), so that any table and terminal can hold it.
+
+    A backslash is doubled: no two keys become the same.
+    """
+    return key.replace("\\", "\\\\").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Store:
@@ -113,8 +119,14 @@ class Store:
         return Entry(key, int(info["size"]), _fingerprint(info))
 
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """The content of `key`, or its bytes from `start` to `stop`. Raises FileNotFoundError when it is not there."""
-        return bytes(self.fs.cat_file(self._path(key), start=start, end=stop))
+        """The content of `key`, or its bytes from `start` to `stop`.
+
+        Raises FileNotFoundError when it is not there, and UnsafeKey when it is no file that ends.
+        """
+        path = self._path(key)
+        if self.is_local:
+            _check_file(path)
+        return bytes(self.fs.cat_file(path, start=start, end=stop))
 
     def open(self, key: str, *, block_bytes: int | None = None) -> AbstractContextManager[BinaryIO]:
         """`key` for reading and seeking, fetched by `block_bytes`. 0 asks for all in one stream that cannot seek.
@@ -148,13 +160,38 @@ class Store:
         self.fs.rm_file(self._path(key))
 
     def _path(self, key: str) -> str:
-        return posixpath.join(self.root, check_key(key))
+        path = posixpath.join(self.root, check_key(key))
+        if self.is_local:
+            _check_length(path)
+        return path
 
 
 def open_url(url: str) -> tuple[Store, str]:
     """Split the URL of one file into its folder's store and its name there."""
     folder, _, name = url.rpartition("/")
     return Store(folder or "/"), name
+
+
+def _check_length(path: str) -> None:
+    """Raises UnsafeKey for what Linux, macOS and Windows refuse: a name or a path that is too long."""
+    longest, whole = max(len(os.fsencode(part)) for part in path.split("/")), len(os.fsencode(path))
+    if longest > _NAME_BYTES or whole >= _PATH_BYTES:
+        raise UnsafeKey(
+            f"a name of {longest} bytes in a path of {whole}: a folder holds {_NAME_BYTES} and {_PATH_BYTES}; "
+            "rename it, or write to an object store"
+        )
+
+
+def _check_file(path: str) -> None:
+    """Raises UnsafeKey for what reading would wait for or go on with for ever: pipes, sockets, devices, links in a ring."""
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnsafeKey(f"{path} cannot be read: {error.strerror}: leave it out with --exclude") from error
+    if not stat.S_ISREG(mode):
+        raise UnsafeKey(f"{path} is no file but a pipe, a socket, a device or a folder: leave it out with --exclude")
 
 
 def _find_local(root: str) -> dict[str, dict[str, Any]]:
@@ -172,14 +209,14 @@ def _find_local(root: str) -> dict[str, dict[str, Any]]:
         entered.add(real)
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
-                    waiting.append(entry.path)
-                    continue
                 try:
-                    stat = entry.stat()
-                except OSError:  # a link to nothing: it has a row, and reading it says why
-                    stat = entry.stat(follow_symlinks=False)
-                found[entry.path] = {"size": stat.st_size, "mtime": stat.st_mtime_ns}
+                    if entry.is_dir():
+                        waiting.append(entry.path)
+                        continue
+                    about = entry.stat()
+                except OSError:  # a link to nothing, or links in a ring: it has a row, and reading it says why
+                    about = entry.stat(follow_symlinks=False)
+                found[entry.path] = {"size": about.st_size, "mtime": about.st_mtime_ns}
     return found
 
 
