@@ -25,6 +25,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
@@ -37,16 +38,26 @@ from nafnet.recipe import Precision, Recipe, Tile
 from nafnet.restore import Restorer, settle
 from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
-from pipelines import compare_html, datasets, engine, manifest, report, report_html, report_sheet
+from pipelines import (
+    compare_html,
+    datasets,
+    engine,
+    manifest,
+    report,
+    report_html,
+    report_sheet,
+    retry,
+)
 from pipelines.benchmark import Cause, Published, Trial, Verdict
 from pipelines.datasets import IMAGES, DataName, Found
 from pipelines.manifest import Plan
 from pipelines.parts import PartWriter
 from pipelines.progress import Progress
 from pipelines.records import Status
-from pipelines.settings import RestoreJob
+from pipelines.settings import RestoreJob, StorageName
 from pipelines.stages import Work
-from pipelines.storage import Store
+from pipelines.storage import Store, in_force, use
+from pipelines.storage_options import StorageOptions, load
 from pipelines.weights import locate
 
 logger = logging.getLogger(__name__)
@@ -72,11 +83,12 @@ class Prepared:
 
 
 def prepare(job: RestoreJob) -> Prepared:
-    """Find and check the weights and settle the recipe and the scoring convention.
+    """Put the storage options in force, find and check the weights, settle the recipe and the scoring convention.
 
     Raises:
-        CheckpointError, ValueError: the checkpoint or a parameter cannot be used.
+        CheckpointError, StorageError, ValueError: the checkpoint or a parameter cannot be used.
     """
+    use(load_options(job.storage))
     paths = [locate(name) for name in job.checkpoint]
     named = [catalog.CATALOG.get(name) for name in job.checkpoint]
     loaded = [checkpoints.load(path) for path in paths]
@@ -111,6 +123,21 @@ def prepare(job: RestoreJob) -> Prepared:
     return Prepared(job, weights, recipe, convention.name)
 
 
+def load_options(name: str | None) -> StorageOptions:
+    """Options of file systems, from the place of this name; `block:NAME` is a Prefect Secret that holds the table.
+
+    Raises:
+        ValueError: nothing is there, or no such table.
+    """
+    if name is None or not name.startswith("block:"):
+        return load(name)
+    try:
+        secret = cast("Secret[Any]", Secret.load(name.removeprefix("block:")))  # a coroutine only when called from one
+    except ValueError as error:
+        raise ValueError(f"storage {name}: Prefect has no Secret block of this name: make it there") from error
+    return StorageOptions.parse(name, secret.get())
+
+
 @flow(name="restore", log_prints=False)
 def restore(
     source: str,
@@ -143,6 +170,7 @@ def restore(
     max_failed: int = 0,
     retry_failed: bool = False,
     max_megapixels: float = 250,
+    storage: StorageName | None = None,
 ) -> State[Any]:
     """Restore a collection of images, score it where references exist, and write a report.
 
@@ -170,8 +198,9 @@ def restore(
 def plan_images(prepared: Prepared) -> Plan:
     """List, pair, drop what is finished; write the manifest and the rows of inputs that are decided already."""
     job = prepared.job
-    plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
     output = Store(job.output)
+    output.check_writable()
+    plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
     manifest.write_parts(plan, output)
     if len(plan.decided):
         PartWriter(output).write(plan.decided)
@@ -216,6 +245,7 @@ def work_of(prepared: Prepared, plan: Plan) -> Work:
         protocol=prepared.protocol,
         device="cuda" if job.gpus_per_actor else "cpu",
         max_pixels=int(job.max_megapixels * 1e6),
+        storage=in_force(),
     )
 
 
@@ -277,6 +307,7 @@ def benchmark(
     actors: int | None = None,
     gpus_per_actor: float = 0,
     ray_address: str = "local",
+    storage: StorageName | None = None,
 ) -> State[Any]:
     """Restore a published test set, score it as its authors do, and compare the means with the published ones.
 
@@ -306,6 +337,7 @@ def benchmark_job(given: dict[str, Any]) -> tuple[Found, Published, RestoreJob]:
         StorageError, ValueError: there is no such data set at the URL, or no value to meet; or a parameter is wrong.
     """
     data = given["data"]
+    use(load_options(given["storage"]))
     found = datasets.find(data, given["url"], variant=given["variant"])
     checkpoint = given["checkpoint"] or benchmarks.default_checkpoint(data)
     job = RestoreJob(
@@ -328,7 +360,7 @@ def benchmark_job(given: dict[str, Any]) -> tuple[Found, Published, RestoreJob]:
 
 _BENCHMARK_FIELDS = (
     *("tlc", "train_size", "metrics", "precision", "tile", "halo"),
-    *("actors", "gpus_per_actor", "ray_address"),
+    *("actors", "gpus_per_actor", "ray_address", "storage"),
 )
 
 
@@ -432,18 +464,22 @@ def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], start
         "machine": comparing.describe_machine(),
         "precision": comparing.precision_flags(prepared.recipe, cluster.get("threads")),
         "ray": cluster,
+        "driver_storage_retries": retry.total(),
         "started_at": started.isoformat(timespec="seconds"),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 @flow(name="compare", log_prints=False)
-def compare(runs: tuple[str, ...], output: str, tolerance: float = comparing.TOLERANCE) -> State[Any]:
+def compare(
+    runs: tuple[str, ...], output: str, tolerance: float = comparing.TOLERANCE, storage: StorageName | None = None
+) -> State[Any]:
     """Compare runs of `restore`, given by their outputs, with the first of them; write compare.html and compare.json.
 
     Ends red when one has another recipe than the first, lacks an image, ended one otherwise, or has an image whose
     PSNR is further than `tolerance` dB from that of the first.
     """
+    use(load_options(storage))
     comparison = compare_runs(runs, output, tolerance)
     message = "\n".join(comparison.lines)
     return Completed(message=message) if comparison.alike else Failed(name=DIFFERENT, message=message)

@@ -6,6 +6,7 @@ share.
 
 import posixpath
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ _READERS: dict[str, Callable[[Any], pa.Table]] = {
     ".csv": pa_csv.read_csv,
     ".jsonl": pa_json.read_json,
 }
+_AT_ONCE = 16  # requests to a web server
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,13 @@ def _shared(places: list[str], url: str) -> str:
 
 
 def _entries(folder: str, places: list[str]) -> list[Entry]:
-    """In the order of the list; looked up by listing the folder they share once."""
-    there = {entry.key: entry for entry in Store(folder).list()}
+    """In the order of the list; looked up by listing the folder they share once, or one by one on the web."""
+    store = Store(folder)
     keys = [place.removeprefix(f"{folder}/") for place in places]
-    return [there.get(key) or Entry(key, 0, "missing") for key in keys]
+    if store.is_web:
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            found = list(threads.map(store.entry, keys))
+    else:
+        there = {entry.key: entry for entry in store.list()}
+        found = [there.get(key) for key in keys]
+    return [entry or Entry(key, 0, "missing") for key, entry in zip(keys, found, strict=True)]
