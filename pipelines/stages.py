@@ -231,6 +231,8 @@ def _finish_one(row: Row, work: Work) -> ReportRow:
             row["reason"] = row["suspect"]
         except _Mismatch as error:
             row = _end(row, error.status, str(error))
+        except UnsafeKey as error:  # a name that the output cannot hold
+            row = _end(row, Status.REFUSED, str(error))
         except work.caught as error:
             row = _crashed(row, "scoring or writing it", error)
     depth = np.dtype(row["dtype"]).itemsize * 8 if row["dtype"] else None

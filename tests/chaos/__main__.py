@@ -21,8 +21,11 @@ from ray.cluster_utils import Cluster
 
 from tests.chaos.harness import S3, Campaign, Outcome, Place, copy_into, judge, make_collection, schedule, undisturbed
 from tests.chaos.processes import below, kill
+from tests.faults import FaultProxy
 
 IMAGES = 200
+PROXIED_IMAGES = 500
+FAULT_RATE = 0.05  # of requests to the S3 server
 _NODE = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
 # What is killed where, the first so many of it
 FAULTS = [
@@ -37,7 +40,11 @@ FAULTS = [
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: a fault in a place. Lost and duplicated are those of the place's collection at its end."""
+    """One line of the table: a fault in a place.
+
+    Lost and duplicated are those of the place's collection at its end. `redone` images were written again, `most` of
+    them after one kill; `seconds` passed, in the mean, from a kill to the next new image or the end.
+    """
 
     fault: str
     times: int
@@ -45,19 +52,18 @@ class Line:
     lost: int
     duplicated: int
     redone: int
-    most: int
+    most: int | None
     seconds: float
 
     def text(self) -> str:
+        most = "" if self.most is None else self.most
         return (
             f"{self.fault:<28}{self.times:>6}{self.images:>8}{self.lost:>6}{self.duplicated:>12}"
-            f"{self.redone:>8}{self.most:>12}{self.seconds:>9.1f}"
+            f"{self.redone:>8}{most:>14}{self.seconds:>9.1f}"
         )
 
 
-HEADER = (
-    f"{'fault':<28}{'times':>6}{'images':>8}{'lost':>6}{'duplicated':>12}{'redone':>8}{'most at once':>12}{'seconds':>9}"
-)
+HEADER = f"{'fault':<28}{'times':>6}{'images':>8}{'lost':>6}{'duplicated':>12}{'redone':>8}{'most at once':>12}{'seconds':>9}"
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=len(FAULTS), help=f"at most {len(FAULTS)}")
     parser.add_argument("--minutes", type=float, default=15, help="after which nothing more is killed")
     parser.add_argument("--short", action="store_true", help="local files alone, one driver and one actor")
-    parser.add_argument("--places", nargs="*", default=["local", "S3", "cluster"], help="of local, S3 and cluster")
+    parser.add_argument("--places", nargs="*", default=[*PLACES, "network"], help="of local, S3, cluster, network")
     options = parser.parse_args()
     faults = [("local", "driver"), ("local", "actor")] if options.short else FAULTS[: options.kills]
     print(f"seed {options.seed}", flush=True)
@@ -103,9 +109,39 @@ def chaos(home: Path, faults: list[tuple[str, str]], options: argparse.Namespace
                 failed = 1
         failed |= bool(verdict.lost or verdict.duplicated)
         lines += table(campaign.outcomes, name, len(expected), len(verdict.lost), len(verdict.duplicated))
+    if "network" in options.places and not options.short:
+        line, problems = network(home, options.seed)
+        lines.append(line)
+        failed |= problems
     print("\n".join([HEADER, *(line.text() for line in lines)]))
-    print(f"{sum(line.times for line in lines)} kills")
+    print(f"{sum(line.times for line in lines if line.most is not None)} kills")
     return failed
+
+
+def network(home: Path, seed: int) -> tuple[Line, bool]:
+    """One run through a proxy that breaks requests; its "times" are those."""
+    source, weights = make_collection(home / "network", PROXIED_IMAGES)
+    quiet = Place("undisturbed", str(source), str(home / "quiet500"), home / "quiet500", weights)
+    expected, _ = undisturbed(quiet, home / "log")
+    server, began = S3(home / "s3-network"), time.monotonic()
+    try:
+        copy_into(server.folder / "bucket", source)
+        with FaultProxy(f"127.0.0.1:{server.port}", rate=FAULT_RATE, seed=seed) as proxy:
+            there = server.environment | {"AWS_ENDPOINT_URL": proxy.url}
+            disk = server.folder / "bucket" / "out"
+            place = Place("network", "s3://bucket/in", "s3://bucket/out", disk, weights, environment=there)
+            campaign = Campaign(place, home / "log", print)
+            campaign.go([], random.Random(seed))  # noqa: S311
+            proxy.rate = 0
+            verdict = judge(place, expected)
+            faults = proxy.counts.total() - proxy.counts["passed"]
+            print(f"network: {dict(proxy.counts)}", flush=True)
+    finally:
+        server.stop()
+    lost, duplicated = len(verdict.lost), len(verdict.duplicated)
+    seconds = time.monotonic() - began
+    line = Line("network faults, S3", faults, len(expected), lost, duplicated, verdict.repeated, None, seconds)
+    return line, bool(lost or duplicated)
 
 
 def table(outcomes: list[Outcome], place: str, images: int, lost: int, duplicated: int) -> list[Line]:
@@ -158,9 +194,10 @@ def cluster(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, Sc
             worker = nodes.add_node(**_NODE)
 
         options = ("--ray-address", nodes.address, "--actors", "2")
-        yield Place("cluster", str(source), str(home / "cluster"), home / "cluster", weights, options), {
-            "lose_node": lose_node
-        }
+        yield (
+            Place("cluster", str(source), str(home / "cluster"), home / "cluster", weights, options),
+            {"lose_node": lose_node},
+        )
     finally:
         nodes.shutdown()
 

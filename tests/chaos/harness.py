@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -300,7 +301,8 @@ class Campaign:
 
         Raises:
             TimeoutError: a run hangs.
-            RuntimeError: the command does not end green although nothing is killed any more.
+            RuntimeError: the command does not end green although nothing is killed any more, or something that it
+                started is still there a minute later.
         """
         began, run = time.monotonic(), self._start()
         for one in kills:
@@ -308,11 +310,11 @@ class Campaign:
                 break
             if run.status is not None:
                 run = self._start()
-            self._watch(run, lambda one=one: len(self._written) >= one.images)  # type: ignore[misc]
-            self._watch(run, lambda until=time.monotonic() + one.delay: time.monotonic() >= until)  # type: ignore[misc]
+            self._watch(run, partial(self._are_there, one.images))
+            self._watch_for(run, one.delay)
             if run.status is not None:  # it was faster: kill one that finds little to do
                 run = self._start()
-                self._watch(run, lambda until=time.monotonic() + one.delay: time.monotonic() >= until)  # type: ignore[misc]
+                self._watch_for(run, one.delay)
             self._strike(one.fault, Scene(run, rng, server, lose_node))
         for attempt in range(_RUNS):
             if attempt or run.status is not None:
@@ -323,14 +325,22 @@ class Campaign:
             self.say(f"{self.place.name}: it ended with {run.status}: once more")
         else:
             raise RuntimeError(f"{self.place.name}: not green in {_RUNS} runs:\n{self.log.read_text()[-3000:]}")
+        seconds = time.monotonic() - began
         if left := leftovers(self._marks):
-            self.outcomes[-1].problems.append(f"processes left over: {', '.join(one.title[:80] for one in left)}")
-        return time.monotonic() - began
+            raise RuntimeError(f"{self.place.name}: left over: {', '.join(one.title[:80] for one in left)}")
+        return seconds
 
     def _start(self) -> Run:
         run = Run(self.place, self.log)
         self._marks.append(run.mark)
         return run
+
+    def _are_there(self, images: int) -> bool:
+        return len(self._written) >= images
+
+    def _watch_for(self, run: Run, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self._watch(run, lambda: time.monotonic() >= until)
 
     def _watch(self, run: Run, until: Callable[[], bool]) -> None:
         """Look at what is written until `until`, or until the run has ended."""
