@@ -57,13 +57,16 @@ class Line:
 
     def text(self) -> str:
         most = "" if self.most is None else self.most
-        return (
-            f"{self.fault:<28}{self.times:>6}{self.images:>8}{self.lost:>6}{self.duplicated:>12}"
-            f"{self.redone:>8}{most:>14}{self.seconds:>9.1f}"
-        )
+        counts = (self.times, self.images, self.lost, self.duplicated, self.redone, most)
+        return columns(self.fault, *counts, f"{self.seconds:.1f}")
 
 
-HEADER = f"{'fault':<28}{'times':>6}{'images':>8}{'lost':>6}{'duplicated':>12}{'redone':>8}{'most at once':>12}{'seconds':>9}"
+def columns(fault: str, *values: object) -> str:
+    return f"{fault:<28}" + "".join(f"{value:>{width}}" for value, width in zip(values, _WIDTHS, strict=True))
+
+
+_WIDTHS = (6, 8, 6, 12, 8, 14, 9)
+HEADER = columns("fault", "times", "images", "lost", "duplicated", "redone", "most at once", "seconds")
 
 
 def main() -> None:
@@ -89,10 +92,13 @@ def chaos(home: Path, faults: list[tuple[str, str]], options: argparse.Namespace
     quiet = Place("undisturbed", str(source), str(home / "quiet"), home / "quiet", weights)
     expected, startup = undisturbed(quiet, log)
     print(f"undisturbed: {len(expected)} images, the first after {startup:.1f} s", flush=True)
-    lines, failed = list[Line](), 0
+    lines, failed = list[Line](), False
+    if "network" in options.places and not options.short:
+        line, failed = network(home, options.seed)
+        lines.append(line)
     for name in options.places:
         chosen = [fault for place, fault in faults if place == name]
-        if not chosen:
+        if not chosen or time.monotonic() > deadline:
             continue
         rng = random.Random(f"{options.seed} {name}")  # noqa: S311 - it is not for secrets
         with PLACES[name](home, source, weights) as (place, scene):
@@ -106,13 +112,9 @@ def chaos(home: Path, faults: list[tuple[str, str]], options: argparse.Namespace
         for outcome in campaign.outcomes:
             for problem in outcome.problems:
                 print(f"{name}: after {outcome.fault}: {problem}")
-                failed = 1
+                failed = True
         failed |= bool(verdict.lost or verdict.duplicated)
         lines += table(campaign.outcomes, name, len(expected), len(verdict.lost), len(verdict.duplicated))
-    if "network" in options.places and not options.short:
-        line, problems = network(home, options.seed)
-        lines.append(line)
-        failed |= problems
     print("\n".join([HEADER, *(line.text() for line in lines)]))
     print(f"{sum(line.times for line in lines if line.most is not None)} kills")
     return failed
