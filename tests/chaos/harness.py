@@ -174,6 +174,10 @@ class S3:
 # What can be killed
 
 
+class NothingToKill(Exception):  # noqa: N818 - what was found, and no failure
+    """The run ended before there was one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
     """What a fault acts on. `rng` decides how long what was killed stays away."""
@@ -201,16 +205,17 @@ def kill_group(scene: Scene) -> None:
 
 def actors() -> list[Process]:
     """The processes that hold the network, of the run or of the cluster that this process started."""
-    found = [one for one in below(os.getpid()) if one.title.startswith("ray::MapWorker(MapBatches(RestoreActor))")]
+    found = [one for one in below(os.getpid()) if one.title.startswith("ray::") and "RestoreActor" in one.title]
     return sorted(found, key=lambda one: one.pid)
 
 
 def kill_actor(scene: Scene) -> None:
-    """A process that holds the network, once there is one."""
+    """A process that holds the network, once there is one; a run that finds nothing to do has none."""
     while not (there := actors()) and scene.run.status is None:
         time.sleep(_POLL_SECONDS)
-    if there:
-        kill(scene.rng.choice(there).pid)
+    if not there:
+        raise NothingToKill
+    kill(scene.rng.choice(there).pid)
 
 
 def kill_server(scene: Scene) -> None:
@@ -370,7 +375,11 @@ class Campaign:
     def _strike(self, fault: str, scene: Scene) -> None:
         self._look()
         self._struck = time.monotonic()
-        FAULTS[fault](scene)
+        try:
+            FAULTS[fault](scene)
+        except NothingToKill:
+            self.say(f"{self.place.name}: no {fault} to kill")
+            return
         there = self.place.images()
         unreported = len(there.keys() - self.place.keys_in_parts().keys())
         outcome = Outcome(fault, self.place.name, len(there), unreported, problems=half_done(self.place))
