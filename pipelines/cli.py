@@ -24,7 +24,7 @@ from nafnet.recipe import Precision
 from nafnet.tlc import windows
 from pipelines import cli_datasets, cli_report
 from pipelines.cli_benchmark import benchmark
-from pipelines.cli_common import Storage, clear_errors, end_early, fail, job_of, quiet, use_storage
+from pipelines.cli_common import Storage, clear_errors, end_early, end_together, fail, job_of, quiet, use_storage
 
 app = typer.Typer(
     help="Restore, score and account for image collections with NAFNet.",
@@ -588,6 +588,7 @@ def _run_restore(job: Any) -> None:
     from pipelines.report import count_line
     from pipelines.storage import Store
 
+    end_together()
     state = flow(**job.model_dump(), return_state=True)
     if not state.is_completed() and state.name != INCOMPLETE:
         end_early(state)

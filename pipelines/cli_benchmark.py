@@ -6,7 +6,7 @@ import typer
 
 from nafnet.conventions import ProfileName, ProtocolName
 from nafnet.recipe import Precision
-from pipelines.cli_common import Storage, clear_errors, end_early, fail, quiet, words_of
+from pipelines.cli_common import Storage, clear_errors, end_early, end_together, fail, quiet, words_of
 
 
 def benchmark(
@@ -67,6 +67,7 @@ def benchmark(
     when nothing was started. A broken run goes on where it was.
     """
     quiet(verbose)
+    end_together()
     from pydantic import ValidationError
 
     from pipelines import flows

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -101,3 +103,19 @@ def quiet(verbose: bool) -> None:
     else:
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+
+
+def end_together() -> None:
+    """Let what this command starts end with it, after a SIGKILL too: Prefect's temporary server would run for ever.
+
+    A shell waits until this process is gone, and ends whatever has the mark in its environment. That is looked up in
+    /proc: nothing is found where there is none.
+    """
+    mark = f"NAFNET_COMMAND={uuid.uuid4().hex}"
+    ours, _theirs = os.pipe()  # the other end stays open for as long as this process lives
+    script = 'read -r _; for one in /proc/[0-9]*; do grep -qsxz "$0" "$one/environ" && kill "${one#/proc/}"; done'
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.Popen(["sh", "-c", script, mark], stdin=ours, start_new_session=True, **silent)  # noqa: S603, S607
+    os.close(ours)
+    name, _, value = mark.partition("=")
+    os.environ[name] = value

@@ -21,7 +21,7 @@ from pipelines.storage import Store
 _LARGE_ROWS = 100_000  # of a folded part: tens of megabytes, which is what is held while folding
 _AT_ONCE = 16  # small parts that are read together
 _FLUSH_ROWS = 512
-_FLUSH_SECONDS = 10.0  # what a kill can lose: the rows, never the images, of the last so many seconds
+_FLUSH_SECONDS = 1.0  # what a kill can lose: the rows, never the images, of the last so many seconds
 
 
 def write_parquet(output: Store, key: str, table: pa.Table) -> None:

@@ -330,6 +330,8 @@ def _write_one(row: Row, work: Work) -> ReportRow:
                 output = _store(work.output, os.getpid(), in_force())
                 output.write(output.key(row["output"]), row["file"])
                 row |= {"status": Status.SUSPECT if row["suspect"] else Status.RESTORED, "reason": row["suspect"]}
+            except UnsafeKey as error:  # a name that the output cannot hold
+                row |= _end(row, Status.REFUSED, str(error))
             except work.caught as error:
                 row |= _crashed(row, "writing it", error)
         row["retries"] += count.retries

@@ -3,8 +3,10 @@
 A `Store` is a prefix. Keys are relative to it, with '/' between their parts, and cannot leave it.
 """
 
+import errno
 import os
 import posixpath
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +25,8 @@ T = TypeVar("T")
 
 # One PUT either replaces the object or leaves it: no temporary name is needed (or possible) there.
 _WHOLE_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "memory"})
+# What a folder holds on Linux
+_NAME_BYTES, _PATH_BYTES = 255, 4096
 _S3 = frozenset({"s3", "s3a"})
 _WEB = frozenset({"http", "https"})
 _S3_DEFAULTS: dict[str, Any] = {
@@ -37,7 +41,7 @@ class StorageError(Exception):
 
 
 class UnsafeKey(ValueError):  # noqa: N818 - it names what is wrong with the value
-    """A key that would leave its prefix, or that no file system can hold."""
+    """A key that would leave its prefix, that its file system cannot hold, or that is no file: a pipe, a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +95,11 @@ def check_key(key: str) -> str:
 
 
 def readable(key: str) -> str:
-    """`key` with bytes that are no UTF-8 written out (caf\\xe9.png), so that any table and terminal can hold it."""
-    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """`key` with bytes that are no UTF-8 written out (caf\\xe9.png), so that any table and terminal can hold it.
+
+    A backslash is doubled: no two keys become the same.
+    """
+    return key.replace("\\", "\\\\").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Store:
@@ -224,11 +231,14 @@ class Store:
         return sorted(posixpath.basename(path) for path in found)
 
     def read(self, key: str, start: int | None = None, stop: int | None = None, *, size: int | None = None) -> bytes:
-        """The content of `key`, or its bytes from `start` to `stop`. Raises FileNotFoundError when it is not there.
+        """The content of `key`, or its bytes from `start` to `stop`.
 
-        With the `size` that was listed, or with both ends, an answer that lacks bytes is asked for again.
+        With the `size` that was listed, or with both ends, an answer that lacks bytes is asked for again. Raises
+        FileNotFoundError when it is not there, and UnsafeKey when it is no file that ends.
         """
         path = self._path(key)
+        if self.is_local:
+            _check_file(path)
         wanted = size if start is None or stop is None else stop - start
 
         def read() -> bytes:
@@ -304,7 +314,10 @@ class Store:
         self._persist("delete", path, lambda: self.fs.rm_file(path))
 
     def _path(self, key: str) -> str:
-        return posixpath.join(self.root, check_key(key))
+        path = posixpath.join(self.root, check_key(key))
+        if self.is_local:
+            _check_length(path)
+        return path
 
     def _info(self, path: str) -> dict[str, Any]:
         return dict(self._persist("look up", path, lambda: self.fs.info(path)))
@@ -406,19 +419,50 @@ def open_url(url: str) -> tuple[Store, str]:
     return Store(folder or "/"), name
 
 
+def _check_length(path: str) -> None:
+    """Raises UnsafeKey for what Linux, macOS and Windows refuse: a name or a path that is too long."""
+    if len(path) <= _NAME_BYTES and path.isascii():
+        return
+    longest, whole = max(len(os.fsencode(part)) for part in path.split("/")), len(os.fsencode(path))
+    if longest > _NAME_BYTES or whole >= _PATH_BYTES:
+        raise UnsafeKey(
+            f"a name of {longest} bytes in a path of {whole}: a folder holds {_NAME_BYTES} and {_PATH_BYTES}; "
+            "rename it, or write to an object store"
+        )
+
+
+def _check_file(path: str) -> None:
+    """Raises UnsafeKey for what reading would wait for or go on with for ever: a pipe, a device, links in a ring."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UnsafeKey(f"{path} is a link that leads round in a ring: leave it out with --exclude") from error
+    if not stat.S_ISREG(mode):
+        raise UnsafeKey(f"{path} is no file but a pipe, a socket, a device or a folder: leave it out with --exclude")
+
+
 def _names(folder: str, key: str) -> Iterator[str]:
     """The keys in one local folder, sorted; those of folders end in '/'."""
     with os.scandir(folder) as entries:
-        names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
+        names = [f"{entry.name}/" if _is_folder(entry) else entry.name for entry in entries]
     return (key + name for name in sorted(names))
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a ring: they have a row, and reading them says why
+        return False
 
 
 def _local_info(path: str) -> dict[str, Any]:
     try:
-        stat = os.stat(path)  # noqa: PTH116 - for each of millions
+        found = os.stat(path)  # noqa: PTH116 - for each of millions
     except OSError:  # a link to nothing: it has a row, and reading it says why
-        stat = os.lstat(path)
-    return {"size": stat.st_size, "mtime": stat.st_mtime_ns}
+        found = os.lstat(path)
+    return {"size": found.st_size, "mtime": found.st_mtime_ns}
 
 
 def _fingerprint(info: dict[str, Any]) -> str:
