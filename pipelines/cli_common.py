@@ -114,8 +114,13 @@ def end_together() -> None:
     mark = f"NAFNET_COMMAND={uuid.uuid4().hex}"
     ours, _theirs = os.pipe()  # the other end stays open for as long as this process lives
     script = 'read -r _; for one in /proc/[0-9]*; do grep -qsxz "$0" "$one/environ" && kill "${one#/proc/}"; done'
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.Popen(["sh", "-c", script, mark], stdin=ours, start_new_session=True, **silent)  # noqa: S603, S607
+    subprocess.Popen(  # noqa: S603
+        ["sh", "-c", script, mark],  # noqa: S607
+        stdin=ours,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     os.close(ours)
     name, _, value = mark.partition("=")
     os.environ[name] = value
