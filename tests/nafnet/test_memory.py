@@ -29,7 +29,7 @@ print(peak_bytes())
 
 
 @pytest.mark.parametrize(
-    ("width", "size", "tile"), [(32, (720, 1280), None), (16, (1300, 2000), 768), (64, (300, 400), None)]
+    ("width", "size", "tile"), [(32, (720, 1280), None), (16, (900, 1500), 640), (64, (300, 400), None)]
 )
 def test_the_plan_covers_the_peak_and_little_more(width, size, tile):
     config = NetConfig(width=width, enc_blocks=(1, 1, 1, 2))

@@ -9,7 +9,6 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from pipelines import benchmark, datasets, engine, flows, made, manifest, report
 from pipelines.cli import app
 from pipelines.containers import open_collection
 from pipelines.made import LAYOUTS, make
-from pipelines.stages import RestoreActor, Work, fetch, finish
+from pipelines.stages import Work
 from pipelines.storage import Store
 from tests.conftest import random_network, save_published
 from tests.nafnet import reference
@@ -62,18 +61,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(
-        parts: Iterable[pa.Table], work: Work, _placement: Any, on_rows: Callable[[pa.Table], None], **_: Any
-    ) -> dict[str, Any]:
-        actor = RestoreActor(work)
-        for part in parts:
-            for start in range(0, len(part), 4):
-                for table in fetch(part.slice(start, 4), work):
-                    on_rows(finish(actor(table), work))
-        return {}
-
-    monkeypatch.setattr(engine, "run", run)
+def small(without_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NAFNET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(made, "_BLOCK_PX", 32)
 

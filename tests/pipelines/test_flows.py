@@ -1,4 +1,4 @@
-"""The whole path on a real local Ray and a real Prefect server: bad images among good ones, resuming, S3."""
+"""The flow on a real Prefect server. The whole path, on a real local Ray: bad images among good ones, resuming, S3."""
 
 import hashlib
 import json
@@ -102,6 +102,7 @@ def test_bad_images_among_good_ones_then_resume(
     assert {again[key]["status"] for key in changed} == {"restored"}
 
 
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize(
     ("config", "tlc", "sizes"),
     [
@@ -131,6 +132,7 @@ def test_checkpoints_in_the_published_format(
         assert np.mean(written != alone) < 1e-3
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_implausible_results_are_counted_told_and_tried_again(tmp_path: Path, rng: np.random.Generator) -> None:
     """Weights that keep black as it is and throw everything else far away: no bias, and a loud last layer."""
     network = random_network(GOPRO_LIKE)
@@ -171,6 +173,7 @@ def test_implausible_results_are_counted_told_and_tried_again(tmp_path: Path, rn
     assert changed == {"noise 1.png", "noise 2.png"}
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_chain_with_strength_and_self_ensemble(
     tmp_path: Path, rng: np.random.Generator, checkpoint_file: Path
 ) -> None:
@@ -232,6 +235,7 @@ def test_from_bucket_to_bucket(s3_url: str, rng: np.random.Generator, checkpoint
     assert not any(secret in content for secret in secrets for content in kept)
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_run_shows_its_summary_as_artifacts(tmp_path: Path, rng: np.random.Generator, checkpoint_file: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(png(rng))
