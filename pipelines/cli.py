@@ -24,7 +24,7 @@ from nafnet.recipe import Precision
 from nafnet.tlc import windows
 from pipelines import cli_datasets, cli_report
 from pipelines.cli_benchmark import benchmark
-from pipelines.cli_common import clear_errors, end_early, fail, job_of, quiet
+from pipelines.cli_common import Storage, clear_errors, end_early, fail, job_of, quiet, use_storage
 
 app = typer.Typer(
     help="Restore, score and account for image collections with NAFNet.",
@@ -140,6 +140,7 @@ def restore(
         ),
     ] = False,
     max_megapixels: Annotated[float, typer.Option(help="Images larger than this are refused.")] = 250,
+    storage: Storage = None,
     dry_run: Annotated[
         bool, typer.Option(help="Say what would be done and what it would cost; write nothing.")
     ] = False,
@@ -177,6 +178,7 @@ def score(
     metrics: Metrics = "authors",
     crop_border: CropBorder = 0,
     y_channel: YChannel = False,
+    storage: Storage = None,
 ) -> None:
     """Score images that are already there: PSNR in dB and SSIM, per image and as plain means.
 
@@ -186,6 +188,7 @@ def score(
 
     count = failed = 0
     with clear_errors():
+        use_storage(storage)
         convention = Convention(protocol, metrics, crop_border, y_channel)
         columns: dict[str, list[float]] = {name: [] for name in convention.scores}
         print(" ".join(f"{label(name):>8}" for name in columns) + "  image")
@@ -223,6 +226,7 @@ def compare(
     tolerance: Annotated[float, typer.Option(help="Largest PSNR difference of an image that counts as equal, dB.")] = (
         0.01
     ),
+    storage: Storage = None,
 ) -> None:
     """Say whether runs have the same recipe and the same pixels, how far apart they are, and what each cost.
 
@@ -234,6 +238,7 @@ def compare(
     from pipelines.storage import Store
 
     with clear_errors():
+        use_storage(storage)
         comparison = comparing.compare([comparing.load_run(run) for run in runs], tolerance)
         page = write_comparison(Store(output), comparison)
     print(comparing.terminal(comparison))

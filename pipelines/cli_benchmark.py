@@ -6,7 +6,7 @@ import typer
 
 from nafnet.conventions import ProfileName, ProtocolName
 from nafnet.recipe import Precision
-from pipelines.cli_common import clear_errors, end_early, fail, quiet, words_of
+from pipelines.cli_common import Storage, clear_errors, end_early, fail, quiet, words_of
 
 
 def benchmark(
@@ -58,6 +58,7 @@ def benchmark(
     ray_address: Annotated[
         str, typer.Option(help="'local' starts Ray for this run; 'auto' or host:port joins a cluster.")
     ] = "local",
+    storage: Storage = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and Prefect say too.")] = False,
 ) -> None:
     """Restore a published test set, score it as its authors do, and compare with the published number.
@@ -75,7 +76,7 @@ def benchmark(
     settings = {
         "variant": variant, "explain": explain, "tlc": tlc, "train_size": train_size, "protocol": protocol,
         "metrics": metrics, "precision": precision, "tile": int(tile) if tile.isdecimal() else tile, "actors": actors,
-        "gpus_per_actor": gpus_per_actor, "ray_address": ray_address, "images": images,
+        "gpus_per_actor": gpus_per_actor, "ray_address": ray_address, "images": images, "storage": storage,
     }  # fmt: skip
     verdicts: list[Verdict] = []
     with clear_errors():

@@ -5,9 +5,28 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="env:VARIABLE|file:PATH|block:NAME",
+        help="Where options of file systems (endpoint, keys) are kept: JSON in the environment, a .json or .toml file, "
+        "a Prefect Secret. Default: the environment alone (AWS_*).",
+    ),
+]
+
+
+def use_storage(name: str | None) -> None:
+    """Open file systems with the options kept at `name`. Raises ValueError or StorageError when they are no good."""
+    from pipelines.storage import use
+    from pipelines.storage_options import load
+
+    if name is not None and name.startswith("block:"):
+        from pipelines.flows import load_options as load
+    use(load(name))
 
 
 def job_of(given: dict[str, Any]) -> Any:

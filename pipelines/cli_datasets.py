@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipelines.cli_common import clear_errors, fail
+from pipelines.cli_common import Storage, clear_errors, fail, use_storage
 
 app = typer.Typer(help="Look at data sets, make small ones, pack results.", no_args_is_help=True)
 
@@ -22,6 +22,7 @@ def check(
         Literal["gamma", "benchmark"] | None,
         typer.Option(help="gamma: GoPro's blur_gamma; benchmark: SIDD's blocks without references."),
     ] = None,
+    storage: Storage = None,
 ) -> None:
     """Say what is there and what keeps the published number from being met: counts, partners, sizes, duplicates.
 
@@ -31,6 +32,7 @@ def check(
     from pipelines.check import lines
 
     with clear_errors():
+        use_storage(storage)
         findings = look(data, url, variant=variant)
         print("\n".join(lines(findings)))
     if findings.problems:
@@ -86,6 +88,7 @@ def pack(
     output: Annotated[str, typer.Argument(help="Prefix to write shards to.")],
     name: Annotated[str, typer.Option(help="How the shards' names begin.")] = "shard",
     shard_images: Annotated[int, typer.Option(help="Images in a shard.")] = 1000,
+    storage: Storage = None,
 ) -> None:
     """Pack images into tar shards as WebDataset reads them, such as the restored images of a run (its images/)."""
     from pipelines.pack import pack as write
@@ -93,6 +96,7 @@ def pack(
     with clear_errors():
         if shard_images < 1:
             raise ValueError(f"--shard-images must be 1 or more, got {shard_images}")
+        use_storage(storage)
         for url, count in write(source, output, name=name, shard_images=shard_images):
             print(f"{count:6d} images  {url}")
 
@@ -103,11 +107,13 @@ def submit(
     form: Annotated[
         Literal["csv", "mat"], typer.Option(help="csv: ID,BLOCK for the present server; mat: for the older one.")
     ] = "csv",
+    storage: Storage = None,
 ) -> None:
     """Write the file that SIDD's benchmark takes, from the restored blocks of a run, and read it back to verify it."""
     from pipelines.submission import write_submission
 
     with clear_errors():
+        use_storage(storage)
         place, blocks = write_submission(run, form)
         print(f"wrote {place}: {blocks} blocks, read back and equal to the run's")
     if blocks != 1280:

@@ -20,7 +20,8 @@ import lmdb
 
 from nafnet.images import Picture, encode
 from pipelines.matlab import Blocks, expand
-from pipelines.storage import Entry, StorageError, Store
+from pipelines.storage import Entry, StorageError, Store, in_force
+from pipelines.storage_options import StorageOptions
 from pipelines.weights import cache_folder
 
 _ITEM = re.compile(r"(?P<container>.*?\.(?:lmdb|mat|tar))/(?P<key>.+)")
@@ -55,14 +56,14 @@ def open_collection(url: str) -> Collection:
         StorageError: it cannot be opened, or is a container of another kind than its name says.
     """
     with _OPENING:  # an LMDB file must not be opened twice
-        return _open(url, os.getpid())
+        return _open(url, os.getpid(), in_force())
 
 
 _OPENING = threading.Lock()
 
 
 @lru_cache(maxsize=64)
-def _open(url: str, _process: int) -> Collection:
+def _open(url: str, _process: int, _options: StorageOptions) -> Collection:
     """For each process its own: neither an LMDB environment nor s3fs survives a fork."""
     store = Store(url)
     ending = posixpath.splitext(store.root)[1].lower()
@@ -228,7 +229,7 @@ class Shards:
             names = [name.replace(found[0], number) for number in numbers]
             missing = [one for one in names if not self._home.exists(one)]
         else:
-            names = sorted(posixpath.basename(path) for path in self._home.fs.glob(f"{self._home.root}/{name}"))
+            names = list(self._home.names(name))
             missing = [] if names else [name]
         if missing:
             raise StorageError(f"{self._home.url()} lacks {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}")

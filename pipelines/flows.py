@@ -26,6 +26,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.runtime import flow_run
@@ -39,7 +40,17 @@ from nafnet.recipe import Precision, Recipe, Tile
 from nafnet.restore import Restorer, settle
 from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
-from pipelines import compare_html, datasets, engine, lease, manifest, report, report_html, report_sheet
+from pipelines import (
+    compare_html,
+    datasets,
+    engine,
+    lease,
+    manifest,
+    report,
+    report_html,
+    report_sheet,
+    retry,
+)
 from pipelines.benchmark import Cause, Published, Trial, Verdict
 from pipelines.datasets import IMAGES, DataName, Found
 from pipelines.lease import Lease
@@ -47,9 +58,10 @@ from pipelines.manifest import Plan
 from pipelines.parts import PartWriter, set_aside
 from pipelines.progress import Progress
 from pipelines.records import Status
-from pipelines.settings import RestoreJob
+from pipelines.settings import RestoreJob, StorageName
 from pipelines.stages import Work
-from pipelines.storage import Store
+from pipelines.storage import Store, in_force, use
+from pipelines.storage_options import StorageOptions, load
 from pipelines.weights import locate
 
 logger = logging.getLogger(__name__)
@@ -75,11 +87,12 @@ class Prepared:
 
 
 def prepare(job: RestoreJob) -> Prepared:
-    """Find and check the weights and settle the recipe and the scoring convention.
+    """Put the storage options in force, find and check the weights, settle the recipe and the scoring convention.
 
     Raises:
-        CheckpointError, ValueError: the checkpoint or a parameter cannot be used.
+        CheckpointError, StorageError, ValueError: the checkpoint or a parameter cannot be used.
     """
+    use(load_options(job.storage))
     paths = [locate(name) for name in job.checkpoint]
     named = [catalog.CATALOG.get(name) for name in job.checkpoint]
     loaded = [checkpoints.load(path) for path in paths]
@@ -112,6 +125,21 @@ def prepare(job: RestoreJob) -> Prepared:
     )
     convention = Convention(protocol, job.metrics, job.crop_border, job.y_channel)
     return Prepared(job, weights, recipe, convention.name)
+
+
+def load_options(name: str | None) -> StorageOptions:
+    """Options of file systems, from the place of this name; `block:NAME` is a Prefect Secret that holds the table.
+
+    Raises:
+        ValueError: nothing is there, or no such table.
+    """
+    if name is None or not name.startswith("block:"):
+        return load(name)
+    try:
+        secret = cast("Secret[Any]", Secret.load(name.removeprefix("block:")))  # a coroutine only when called from one
+    except ValueError as error:
+        raise ValueError(f"storage {name}: Prefect has no Secret block of this name: make it there") from error
+    return StorageOptions.parse(name, secret.get())
 
 
 @flow(name="restore", log_prints=False)
@@ -147,6 +175,7 @@ def restore(
     retry_failed: bool = False,
     fresh: bool = False,
     max_megapixels: float = 250,
+    storage: StorageName | None = None,
 ) -> State[Any]:
     """Restore a collection of images, score it where references exist, and write a report.
 
@@ -176,7 +205,9 @@ def restore(
 def plan_images(prepared: Prepared) -> Plan:
     """List, pair, drop what is finished; write the manifest and the rows of inputs that are decided already."""
     job = prepared.job
-    earlier = set_aside(Store(job.output)) if job.fresh else None
+    output = Store(job.output)
+    output.check_writable()
+    earlier = set_aside(output) if job.fresh else None
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
     logger.info(
         "%d images match: %d to restore, %d finished in an earlier run, %d that cannot be",
@@ -223,6 +254,7 @@ def work_of(prepared: Prepared, plan: Plan) -> Work:
         protocol=prepared.protocol,
         device="cuda" if job.gpus_per_actor else "cpu",
         max_pixels=int(job.max_megapixels * 1e6),
+        storage=in_force(),
     )
 
 
@@ -285,6 +317,7 @@ def benchmark(
     actors: int | None = None,
     gpus_per_actor: float = 0,
     ray_address: str = "local",
+    storage: StorageName | None = None,
 ) -> State[Any]:
     """Restore a published test set, score it as its authors do, and compare the means with the published ones.
 
@@ -314,6 +347,7 @@ def benchmark_job(given: dict[str, Any]) -> tuple[Found, Published, RestoreJob]:
         StorageError, ValueError: there is no such data set at the URL, or no value to meet; or a parameter is wrong.
     """
     data = given["data"]
+    use(load_options(given["storage"]))
     found = datasets.find(data, given["url"], variant=given["variant"])
     checkpoint = given["checkpoint"] or benchmarks.default_checkpoint(data)
     job = RestoreJob(
@@ -336,7 +370,7 @@ def benchmark_job(given: dict[str, Any]) -> tuple[Found, Published, RestoreJob]:
 
 _BENCHMARK_FIELDS = (
     *("tlc", "train_size", "metrics", "precision", "tile", "halo"),
-    *("actors", "gpus_per_actor", "ray_address"),
+    *("actors", "gpus_per_actor", "ray_address", "storage"),
 )
 
 
@@ -440,18 +474,22 @@ def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], start
         "machine": comparing.describe_machine(),
         "precision": comparing.precision_flags(prepared.recipe, cluster.get("threads")),
         "ray": cluster,
+        "driver_storage_retries": retry.total(),
         "started_at": started.isoformat(timespec="seconds"),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 @flow(name="compare", log_prints=False)
-def compare(runs: tuple[str, ...], output: str, tolerance: float = comparing.TOLERANCE) -> State[Any]:
+def compare(
+    runs: tuple[str, ...], output: str, tolerance: float = comparing.TOLERANCE, storage: StorageName | None = None
+) -> State[Any]:
     """Compare runs of `restore`, given by their outputs, with the first of them; write compare.html and compare.json.
 
     Ends red when one has another recipe than the first, lacks an image, ended one otherwise, or has an image whose
     PSNR is further than `tolerance` dB from that of the first.
     """
+    use(load_options(storage))
     comparison = compare_runs(runs, output, tolerance)
     message = "\n".join(comparison.lines)
     return Completed(message=message) if comparison.alike else Failed(name=DIFFERENT, message=message)

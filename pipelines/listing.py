@@ -6,6 +6,7 @@ URLs, paths, or relative to the file's own folder. Their keys are what follows t
 
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -28,6 +29,7 @@ _READERS: dict[str, Callable[[Any], pa.Table]] = {
     ".csv": pa_csv.read_csv,
     ".jsonl": pa_json.read_json,
 }
+_AT_ONCE = 16  # requests to a web server
 
 
 def tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
@@ -116,7 +118,7 @@ def read_listing(url: str) -> Listing:
     partners = _look_up(reference, references)
     partners = partners.select(["key", "fingerprint"]).rename_columns(["partner", "partner_fingerprint"])
     for name in partners.column_names:
-        rows = rows.append_column(name, pc.if_else(references.is_valid(), partners[name], None))
+        rows = rows.append_column(name, partners[name])
     return Listing(source, reference, rows)
 
 
@@ -144,13 +146,23 @@ def _shared(places: pa.ChunkedArray, url: str) -> str:
 
 
 def _look_up(folder: str, places: pa.ChunkedArray) -> pa.Table:
-    """The rows (`LISTED`) of these places, in their order; looked up by listing the folder they share once."""
-    there = listed(Store(folder).list())
+    """The rows (`LISTED`) of these places, in their order.
+
+    Looked up by listing the folder they share once, or one by one on the web.
+    """
+    store = Store(folder)
     keys = mapped(places, lambda place: place.removeprefix(f"{folder}/"))
+    if store.is_web:
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            entries = threads.map(store.entry, keys.drop_null().to_pylist())
+            there = listed(entry for entry in entries if entry)
+    else:
+        there = listed(store.list())
     found = there.take(pc.index_in(keys, value_set=there["key"]))
+    prints = pc.if_else(keys.is_valid(), pc.coalesce(found["fingerprint"], "missing"), None)
     columns = {
         "key": keys,
-        "fingerprint": pc.coalesce(found["fingerprint"], "missing"),
+        "fingerprint": prints,
         "unsafe": mapped(keys, _unsafe),
         "size": pc.coalesce(found["size"], 0),
     }

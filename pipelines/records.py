@@ -55,7 +55,8 @@ class ReportRow:
     `nafnet.conventions.Convention`); one whose SSIM is 2-D leaves `ssim_3d` None. `seconds` is the time in the
     network alone. `tile` is the side in px of the `tiles` that the image went through, None when it went whole;
     `precision` is that of the network after any fallback, and `note` says what went otherwise than asked. `digest`
-    is that of the written pixels, the same in every format that keeps them (`stages.digest`).
+    is that of the written pixels, the same in every format that keeps them (`stages.digest`). `retries` is how many
+    requests to storage had to be made again to fetch and finish it.
     """
 
     key: str
@@ -80,6 +81,7 @@ class ReportRow:
     seconds: float | None = None
     fetch_seconds: float | None = None
     finish_seconds: float | None = None
+    retries: int | None = None
     tiles: int | None = None
     tile: int | None = None
     precision: str | None = None
@@ -109,6 +111,7 @@ REPORT_SCHEMA = pa.schema(
         pa.field("seconds", pa.float64()),
         pa.field("fetch_seconds", pa.float64()),
         pa.field("finish_seconds", pa.float64()),
+        pa.field("retries", pa.int32()),
         pa.field("tiles", pa.int32()),
         pa.field("tile", pa.int32()),
         pa.field("precision", pa.string()),

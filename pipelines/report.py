@@ -35,7 +35,7 @@ _SCORES = ("psnr_input", "psnr", "ssim_3d_input", "ssim_3d", "ssim_2d_input", "s
 # What the summary and the page are made of: a third of a row, the rest of which is URLs and how it was made.
 SHOWN = (
     *("key", "status", "reason", "width", "height", "protocol", *_SCORES),
-    *("seconds", "tiles", "tile", "precision", "note"),
+    *("seconds", "tiles", "tile", "precision", "note", "retries"),
 )
 _SEQUENCES = tuple(
     re.compile(pattern, re.ASCII)
@@ -244,6 +244,7 @@ def summarize(
         "megapixels_per_network_second": float(pixels[timed].sum()) / network if network > 0 else None,
         "wall_seconds": wall_seconds,
         "images_per_second": handled / wall_seconds if wall_seconds and handled else None,
+        "storage_retries": pc.sum(rows["retries"]).as_py() or 0,
         "sequences": by_sequence(rows),
     }
 
@@ -338,6 +339,7 @@ def fact_table(summary: Summary) -> list[tuple[str, str]]:
         ("Megapixels per network second", number_text(summary["megapixels_per_network_second"], "{:,.2f}")),
         ("Wall time", seconds_text(summary["wall_seconds"])),
         ("Images per second", number_text(summary["images_per_second"], "{:,.2f}")),
+        ("Storage retries", f"{summary['storage_retries']:,}" if summary["storage_retries"] else ""),
     ]
     return [(what, value) for what, value in facts if value not in {"", UNKNOWN}]
 

@@ -9,6 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from nafnet.conventions import PROFILES, ProfileName, ProtocolName, no_variant
 from nafnet.images import check_output
 from pipelines.datasets import IMAGES
+from pipelines.storage_options import NAMED
+
+StorageName = Annotated[
+    str,
+    Field(
+        pattern=NAMED,
+        description="Where options of file systems (endpoint, keys) are kept: env:VARIABLE, file:PATH of a .json or "
+        ".toml, block:NAME of a Prefect Secret; unset: the environment alone",
+    ),
+]
 
 
 class RestoreJob(BaseModel):
@@ -105,6 +115,7 @@ class RestoreJob(BaseModel):
     )
     fresh: Annotated[bool, Field(description="Start anew: what earlier runs reported does not count")] = False
     max_megapixels: Annotated[float, Field(gt=0, description="Images larger than this are refused")] = 250
+    storage: StorageName | None = None
 
     @field_validator("tile", mode="before")
     @classmethod

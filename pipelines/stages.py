@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,7 +30,9 @@ from nafnet.recipe import Recipe
 from nafnet.restore import Restored, Restorer, to_float
 from pipelines.containers import Collection, open_collection
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, ReportRow, Status
-from pipelines.storage import Store, UnsafeKey
+from pipelines.retry import counted
+from pipelines.storage import Store, UnsafeKey, use
+from pipelines.storage_options import StorageOptions
 from pipelines.weights import locate
 
 Row = dict[str, Any]
@@ -49,6 +51,7 @@ PIXEL_SCHEMA = pa.schema(
         pa.field("dtype", pa.string()),
         pa.field("pixels", pa.large_binary()),  # height x width x channels of dtype
         pa.field("fetch_seconds", pa.float64()),
+        pa.field("retries", pa.int32()),
         pa.field("restored_dtype", pa.string()),
         pa.field("restored", pa.large_binary()),
         pa.field("seconds", pa.float64()),
@@ -74,6 +77,7 @@ class Work:
             recipe's.
         threads: threads of the network in one actor.
         memory_share: what an actor may use of its machine's memory, or of its GPU's.
+        storage: what file systems are opened with.
         contained: unexpected errors of one row become its status `crashed` instead of ending the block. Used to
             find out which row of a failed block was the bad one.
     """
@@ -88,6 +92,7 @@ class Work:
     max_pixels: int
     threads: int = 1
     memory_share: float = 1.0
+    storage: StorageOptions = field(default_factory=StorageOptions)
     contained: bool = False
 
     @property
@@ -98,15 +103,22 @@ class Work:
 
 def fetch(batch: pa.Table, work: Work) -> pa.Table:
     """Read and decode each pair of a manifest table; `PIXEL_SCHEMA` out, with pixels or with a status and reason."""
+    use(work.storage)
     with ThreadPoolExecutor(_READERS) as readers:
-        rows = list(readers.map(lambda row: _fetch_one(row, work), batch.to_pylist()))
+        rows = list(readers.map(lambda row: _fetch_counted(row, work), batch.to_pylist()))
     return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+
+
+def _fetch_counted(row: Row, work: Work) -> Row:
+    with counted() as count:
+        fetched = _fetch_one(row, work)
+    return {**fetched, "retries": count.retries}
 
 
 def _fetch_one(row: Row, work: Work) -> Row:
     started = time.perf_counter()
     try:
-        picture = _read(open_collection(work.source), row["key"], work.max_pixels)
+        picture = _read(open_collection(work.source), row["key"], work.max_pixels, row["size"])
     except FileNotFoundError:
         return _end(row, Status.MISSING, "listed, but gone when it was to be read: run again to list anew")
     except UnreadableImage as error:
@@ -149,6 +161,7 @@ class RestoreActor:
 
     def __init__(self, work: Work) -> None:
         """Load and check the weights. Raises CheckpointError or ValueError when they are not the recipe's."""
+        use(work.storage)
         torch.set_num_threads(work.threads)
         if work.recipe.deterministic:  # cuBLAS reads it when it starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -194,8 +207,15 @@ class RestoreActor:
 
 def finish(batch: pa.Table, work: Work) -> pa.Table:
     """Score, encode and write each restored row; `REPORT_SCHEMA` out. The image is written before its row is made."""
-    rows = [asdict(_finish_one(row, work)) for row in _rows(batch)]
+    use(work.storage)
+    rows = [asdict(_finish_counted(row, work)) for row in _rows(batch)]
     return pa.Table.from_pylist(rows, schema=REPORT_SCHEMA)
+
+
+def _finish_counted(row: Row, work: Work) -> ReportRow:
+    with counted() as count:
+        finished = _finish_one(row, work)
+    return replace(finished, retries=(row["retries"] or 0) + count.retries)
 
 
 def _finish_one(row: Row, work: Work) -> ReportRow:
@@ -306,8 +326,9 @@ def _written_dtype(row: Row, work: Work) -> str:
     return next(name for name in (dtype, "uint16", "uint8") if holds_depth(chosen, np.dtype(name).itemsize * 8))
 
 
-def _read(collection: Collection, key: str, max_pixels: int) -> Picture:
-    return decode(collection.read(key), max_pixels=max_pixels)
+def _read(collection: Collection, key: str, max_pixels: int, size: int | None = None) -> Picture:
+    data = collection.read(key, size=size) if isinstance(collection, Store) else collection.read(key)
+    return decode(data, max_pixels=max_pixels)
 
 
 def _rows(batch: pa.Table) -> Iterable[Row]:

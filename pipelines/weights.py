@@ -248,7 +248,7 @@ def _download(prefix: str, name: str, wanted: _Wanted) -> None:
 
 
 def _look(store: "Store", name: str) -> _Source:
-    info = store.fs.info(store.url(name))  # not Store.entry: an HTTP server need not tell the size
+    info = store.info(name)  # not Store.entry: an HTTP server need not tell the size
     version = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
     return _Source(store, name, info.get("size"), version)
 
