@@ -77,7 +77,7 @@ def read_rows(
 
 
 def part_names(output: Store) -> list[str]:
-    """The names of the report's parts, sorted, which is by age.
+    """The names of the report's parts, sorted, which is by the second they were written in.
 
     What is no `.parquet` file, such as the rest of a write that was killed, is left alone.
     """

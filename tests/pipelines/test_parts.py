@@ -67,7 +67,7 @@ def test_folding_leaves_one_row_a_key_and_what_is_no_part(store: Store, monkeypa
     assert before["key"].to_pylist() == ["a", "b", "c", "d"]
     assert parts.compact(store) == Folded(before=4, after=2, rows=4, dropped=3)
     assert read_rows(store).equals(before)
-    assert [len(part) for part in read_parts(store)] == [3, 1]
+    assert sorted(len(part) for part in read_parts(store)) == [1, 3]
     others = {entry.key for entry in Store(store.url("report")).list() if not entry.key.endswith(".parquet")}
     assert others == {".0123456789abcdef.part", "notes.txt"}
     names = part_names(store)
