@@ -270,7 +270,7 @@ def test_starting_anew_and_a_second_run_at_once(
     (source / "b.png").unlink()
     with caplog.at_level("INFO"):
         assert restore(**job, fresh=True).is_completed()
-    assert "starting anew: earlier rows are below report-before/, 1 images of theirs stay as they are" in caplog.text
+    assert "starting anew: earlier rows are moved to report-before/; left as they are: 1 image" in caplog.text
     again = rows_of(output)
     assert set(again) == {"a.png"}
     assert again["a.png"]["finished_at"] > first["a.png"]["finished_at"]
