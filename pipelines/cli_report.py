@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli_common import clear_errors
+from pipelines.cli_common import Storage, clear_errors, use_storage
 
 app = typer.Typer(help="Look after the report of an output.", no_args_is_help=True)
 
@@ -17,6 +17,7 @@ def _group() -> None:
 @app.command()
 def compact(
     output: Annotated[str, typer.Argument(help="Output of nafnet restore, a path or an fsspec URL.")],
+    storage: Storage = None,
 ) -> None:
     """Fold the parts of report/ into few large ones with one row per image, the latest.
 
@@ -26,6 +27,7 @@ def compact(
     from pipelines.storage import Store
 
     with clear_errors():
+        use_storage(storage)
         store = Store(output)
         if not store.exists("report"):
             raise ValueError(f"no report at {store.url('report')}: give the output of a run")

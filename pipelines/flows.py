@@ -206,7 +206,8 @@ def plan_images(prepared: Prepared) -> Plan:
     )
     if earlier is not None:
         left = manifest.left_behind(plan, earlier)
-        logger.info("starting anew: earlier rows are below report-before/, %d images of theirs stay as they are", left)
+        counted = report.counted(left, "image")
+        logger.info("starting anew: earlier rows are moved to report-before/; left as they are: %s", counted)
     return plan
 
 

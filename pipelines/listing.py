@@ -118,7 +118,7 @@ def read_listing(url: str) -> Listing:
     partners = _look_up(reference, references)
     partners = partners.select(["key", "fingerprint"]).rename_columns(["partner", "partner_fingerprint"])
     for name in partners.column_names:
-        rows = rows.append_column(name, pc.if_else(references.is_valid(), partners[name], None))
+        rows = rows.append_column(name, partners[name])
     return Listing(source, reference, rows)
 
 
@@ -152,17 +152,18 @@ def _look_up(folder: str, places: pa.ChunkedArray) -> pa.Table:
     """
     store = Store(folder)
     keys = mapped(places, lambda place: place.removeprefix(f"{folder}/"))
-    there = listed(_asked_for(store, keys) if store.is_web else store.list())
+    if store.is_web:
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            entries = threads.map(store.entry, keys.drop_null().to_pylist())
+            there = listed(entry for entry in entries if entry)
+    else:
+        there = listed(store.list())
     found = there.take(pc.index_in(keys, value_set=there["key"]))
+    prints = pc.if_else(keys.is_valid(), pc.coalesce(found["fingerprint"], "missing"), None)
     columns = {
         "key": keys,
-        "fingerprint": pc.coalesce(found["fingerprint"], "missing"),
+        "fingerprint": prints,
         "unsafe": mapped(keys, _unsafe),
         "size": pc.coalesce(found["size"], 0),
     }
     return pa.table(columns, LISTED)
-
-
-def _asked_for(store: Store, keys: pa.ChunkedArray) -> Iterator[Entry]:
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        yield from filter(None, threads.map(store.entry, keys.to_pylist()))

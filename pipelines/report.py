@@ -35,7 +35,7 @@ _SCORES = ("psnr_input", "psnr", "ssim_3d_input", "ssim_3d", "ssim_2d_input", "s
 # What the summary and the page are made of: a third of a row, the rest of which is URLs and how it was made.
 SHOWN = (
     *("key", "status", "reason", "width", "height", "protocol", *_SCORES),
-    *("seconds", "tiles", "tile", "precision", "note"),
+    *("seconds", "tiles", "tile", "precision", "note", "retries"),
 )
 _SEQUENCES = tuple(
     re.compile(pattern, re.ASCII)
@@ -77,7 +77,7 @@ def read_rows(
 
 
 def part_names(output: Store) -> list[str]:
-    """The names of the report's parts, sorted, which is by age.
+    """The names of the report's parts, sorted, which is by the second they were written in.
 
     What is no `.parquet` file, such as the rest of a write that was killed, is left alone.
     """

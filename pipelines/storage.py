@@ -297,7 +297,7 @@ class Store:
         """
         path = self._path(key)
         if not self.is_local:
-            self.fs.pipe_file(path, data, mode="create")
+            self._persist("create", path, lambda: self.fs.pipe_file(path, data, mode="create"))
             return
         folder = posixpath.dirname(path)
         self.fs.makedirs(folder, exist_ok=True)

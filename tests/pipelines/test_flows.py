@@ -17,7 +17,7 @@ from prefect.client.schemas import State
 from nafnet.images import Picture, decode, encode, read_note
 from nafnet.model import NetConfig
 from nafnet.restore import Restorer
-from pipelines import flows
+from pipelines import flows, lease
 from pipelines.report import read_rows
 from pipelines.settings import RestoreJob
 from pipelines.storage import Store
@@ -251,4 +251,32 @@ def test_a_place_that_is_not_there_ends_the_run_with_words(tmp_path: Path) -> No
     state = restore(source=str(tmp_path / "nowhere"), output=str(tmp_path / "out"))
     assert state.is_failed()
     assert f"nothing at {tmp_path}/nowhere" in str(state.message)
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_starting_anew_and_a_second_run_at_once(
+    tmp_path: Path, rng: np.random.Generator, checkpoint_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("a.png", "b.png"):
+        (source / name).write_bytes(png(rng))
+    job = {"source": str(source), "output": str(output), "checkpoint": str(checkpoint_file)}
+    with lease.hold(Store(str(output)), "flow run brave-owl"):
+        refused = restore(**job)
+    assert refused.is_failed()
+    assert f"{output} is in use by flow run brave-owl, process {os.getpid()} of" in str(refused.message)
+    assert list(output.iterdir()) == []
+
+    assert restore(**job).is_completed()
+    first = rows_of(output)
+    assert not (output / "lease.json").exists()
+    (source / "b.png").unlink()
+    with caplog.at_level("INFO"):
+        assert restore(**job, fresh=True).is_completed()
+    assert "starting anew: earlier rows are moved to report-before/; left as they are: 1 image" in caplog.text
+    again = rows_of(output)
+    assert set(again) == {"a.png"}
+    assert again["a.png"]["finished_at"] > first["a.png"]["finished_at"]
+    assert again["a.png"]["digest"] == first["a.png"]["digest"]
+    assert (output / "images" / "b.png").exists()
