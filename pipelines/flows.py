@@ -40,6 +40,7 @@ from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
 from pipelines import compare_html, datasets, engine, manifest, report, report_html, report_sheet, retry
 from pipelines.benchmark import Cause, Published, Trial, Verdict
+from pipelines.containers import open_collection
 from pipelines.datasets import IMAGES, DataName, Found
 from pipelines.manifest import Plan
 from pipelines.parts import PartWriter
@@ -192,6 +193,12 @@ def plan_images(prepared: Prepared) -> Plan:
     output = Store(job.output)
     output.check_writable()
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
+    source = open_collection(plan.source)
+    if isinstance(source, Store) and not source.is_local:
+        at = range(
+            0, len(plan.pairs), max(1, len(plan.pairs) // 3)
+        )  # one may be an exception
+        source.check_readable([plan.pairs["key"][i].as_py() for i in at])
     manifest.write_parts(plan, output)
     if len(plan.decided):
         PartWriter(output).write(plan.decided)
