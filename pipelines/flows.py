@@ -42,6 +42,7 @@ from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
 from pipelines import compare_html, datasets, engine, lease, manifest, report, report_html, report_sheet, retry
 from pipelines.benchmark import Cause, Published, Trial, Verdict
+from pipelines.containers import open_collection
 from pipelines.datasets import IMAGES, DataName, Found
 from pipelines.lease import Lease
 from pipelines.manifest import Plan
@@ -197,6 +198,12 @@ def plan_images(prepared: Prepared) -> Plan:
     job = prepared.job
     earlier = set_aside(Store(job.output)) if job.fresh else None
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
+    source = open_collection(plan.source)
+    if plan.to_restore and isinstance(source, Store) and not source.is_local:
+        keys = next(plan.tables())["key"]
+        source.check_readable(
+            [keys[i].as_py() for i in range(0, len(keys), max(1, len(keys) // 3))]
+        )  # a single one may be an exception
     logger.info(
         "%d images match: %d to restore, %d finished in an earlier run, %d that cannot be",
         plan.matched,
