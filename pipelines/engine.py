@@ -208,7 +208,7 @@ def _first_pass(part: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Ta
     with warnings.catch_warnings():
         # max_restarts and max_task_retries go away in Ray 2.64, which is why it is pinned below: nothing replaces them.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        stages = _stages(_blocks(part, pool.actors), work, pool)
+        stages = _stages(_blocks(part, pool.actors, work.threads), work, pool)
     seen: set[str] = set()
     batches: Iterable[pa.Table] = stages.iter_batches(batch_size=None, batch_format="pyarrow")
     for rows in batches:
@@ -322,13 +322,14 @@ def _stages(blocks: list[pa.Table], work: Work, pool: Pool) -> Dataset:
     )
 
 
-def _blocks(part: pa.Table, actors: int) -> list[pa.Table]:
+def _blocks(part: pa.Table, actors: int, threads: int) -> list[pa.Table]:
     """The part cut into blocks of about equal bytes, few large images or many small ones, the largest first.
 
-    A large image that came last would leave all actors but one idle. A small part has blocks for every actor.
+    A large image that came last would leave all actors but one idle. A small part has blocks for every actor, with an
+    image for every thread of it.
     """
     part = part.sort_by([("size", "descending"), ("key", "ascending")])
-    most = max(1, min(_BLOCK_ROWS, len(part) // (_BLOCKS_PER_ACTOR * actors)))
+    most = max(threads, min(_BLOCK_ROWS, len(part) // (_BLOCKS_PER_ACTOR * actors)))
     blocks, start, size = list[pa.Table](), 0, 0
     for i, file_size in enumerate(part["size"].to_pylist()):
         if i > start and (size + file_size > _BLOCK_BYTES or i - start == most):

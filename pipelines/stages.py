@@ -69,7 +69,7 @@ PIXEL_SCHEMA = pa.schema(
 BLOCK_BYTES = 16 * 2**20  # decoded, from which `fetch` gives a table away: its encoded size does not tell
 _REQUESTS = 8  # under way at once in one task: they wait for the network far more than they compute
 _ON_GPU = 2  # one image is copied while another is restored
-_SMALL_PIXELS = 2**20  # up to which an actor on a CPU restores several images at once, with a thread each
+_SMALL_PIXELS = 2**18  # up to which an actor on a CPU restores several images at once, with a thread each
 
 
 @dataclass(frozen=True, slots=True)

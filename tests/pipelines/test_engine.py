@@ -133,10 +133,11 @@ def test_a_deterministic_recipe_gives_the_same_bits_from_any_number_of_actors(
 def test_blocks_are_balanced_by_bytes_and_the_largest_image_comes_first() -> None:
     sizes = [*[1000] * 700, 5_000_000, 9_000_000, 5_000_000]
     part = pa.table({"key": [f"{i:03d}" for i in range(len(sizes))], "size": sizes})
-    blocks = engine._blocks(part, 1)
+    blocks = engine._blocks(part, actors=1, threads=2)
     assert [len(block) for block in blocks] == [1, 1, 175, 175, 175, 175, 1]
     assert pa.concat_tables(blocks)["key"].to_pylist() == ["701", "700", "702", *part["key"].to_pylist()[:700]]
-    assert [len(block) for block in engine._blocks(part.slice(0, 10), 2)] == [1] * 10  # something for every actor
+    few = engine._blocks(part.slice(0, 10), actors=2, threads=2)
+    assert [len(block) for block in few] == [2] * 5  # something for every actor, and for each of its threads
 
 
 @pytest.mark.parametrize(

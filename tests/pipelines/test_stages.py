@@ -18,6 +18,7 @@ from nafnet.images import Picture, decode, encode, read_note
 from nafnet.metrics import psnr, quantize, score, ssim_3d
 from nafnet.recipe import Step
 from nafnet.restore import Restored, Restorer, has_arithmetic, to_float
+from pipelines import stages
 from pipelines.manifest import plan
 from pipelines.records import REPORT_SCHEMA
 from pipelines.settings import RestoreJob
@@ -366,3 +367,66 @@ def test_an_image_for_which_memory_runs_out_is_refused_and_the_others_go_on(
     assert ends == {**dict.fromkeys(rows, "restored"), "colour.png": "refused"}
     assert "give the actor more memory" in str(rows["colour.png"]["reason"])
     assert not (places / "out" / "images" / "colour.png").exists()
+
+
+def test_fetching_gives_tables_away_by_what_they_hold_decoded(
+    places: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(places / "ref")
+    for i in range(4):
+        (places / "in" / f"small {i}.png").write_bytes(encode(Picture(np.full((8, 8, 3), i, np.uint8), "PNG")))
+    work, pairs = work_and_pairs(places, checkpoint_file)
+    monkeypatch.setattr(stages, "BLOCK_BYTES", 40 * 56 * 3)
+    tables = list(fetch(pairs.sort_by("key"), work))
+    assert [table["key"].to_pylist() for table in tables] == [
+        ["alpha.png", "colour.png"],  # the second one fills it
+        ["deep.png", "grey.png", "small 0.png", "small 1.png", "small 2.png", "small 3.png"],
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_actor_restores_images_of_one_size_together_and_keeps_their_order(
+    places: Path, checkpoint_file: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    shutil.rmtree(places / "ref")
+    for i in range(3):
+        (places / "in" / f"e{i}.png").write_bytes(encode(Picture(photo(rng, 40, 56), "PNG")))
+    work, pairs = work_and_pairs(places, checkpoint_file)
+    actor = RestoreActor(replace(work, threads=threads))
+    monkeypatch.setattr(actor.restorer, "batch", lambda *_: 2)
+    sizes, together = list[int](), actor.restorer.restore_batch
+
+    def noted(images: list[Any]) -> list[Restored]:
+        sizes.append(len(images))
+        return [restored for image in images for restored in together([image])]
+
+    monkeypatch.setattr(actor.restorer, "restore_batch", noted)
+    [fetched] = fetch(pairs, work)
+    rows = actor(fetched)
+    assert rows["key"].to_pylist() == pairs["key"].to_pylist()
+    assert sorted(sizes) == [1, 1, 1, 2, 2]  # colour.png and e0 to e2 are of one size
+    restorer = Restorer.load(checkpoint_file)
+    for row in rows.to_pylist():
+        expected = restorer(decode((places / "in" / row["key"]).read_bytes()).pixels)
+        np.testing.assert_array_equal(np.frombuffer(row["restored"], expected.dtype), expected.ravel())
+
+
+def test_one_image_that_cannot_be_restored_does_not_take_its_batch_along(
+    places: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(places / "ref")
+    shutil.copy(places / "in" / "colour.png", places / "in" / "colour again.png")
+    work, pairs = work_and_pairs(places, checkpoint_file)
+    actor = RestoreActor(work)
+    monkeypatch.setattr(actor.restorer, "batch", lambda *_: 8)
+    restore = actor.restorer.restore
+
+    def some_fit(images: list[Any]) -> list[Restored]:
+        if len(images) > 1 or images[0].shape[-1] == 4:
+            raise MemoryError("not enough")
+        return [restore(images[0])]
+
+    monkeypatch.setattr(actor.restorer, "restore_batch", some_fit)
+    [fetched] = fetch(pairs, work)
+    ends = {row["key"]: row["status"] for row in actor(fetched).to_pylist()}
+    assert ends == {**dict.fromkeys(ends, None), "alpha.png": "refused"}
