@@ -201,9 +201,8 @@ def plan_images(prepared: Prepared) -> Plan:
     source = open_collection(plan.source)
     if plan.to_restore and isinstance(source, Store) and not source.is_local:
         keys = next(plan.tables())["key"]
-        source.check_readable(
-            [keys[i].as_py() for i in range(0, len(keys), max(1, len(keys) // 3))]
-        )  # a single one may be an exception
+        some = range(0, len(keys), max(1, len(keys) // 3))  # a single one may be an exception
+        source.check_readable([keys[i].as_py() for i in some])
     logger.info(
         "%d images match: %d to restore, %d finished in an earlier run, %d that cannot be",
         plan.matched,
