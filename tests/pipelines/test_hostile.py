@@ -187,7 +187,7 @@ NAMES = (
 FORBIDDEN = ("back\\slash.png", "..\\..\\escape.png", "caf\\xe9.png")
 SAME_STEM = ("stem.png", "stem.jpg", "stem.JPG", "stem.tiff", "stem", "other/stem.png")
 # What an object store may hold and no folder can
-OBJECTS = ("../escape.png", "a/../../escape.png", "a//b.png", "./a.png", "a/./b.png", "a/..", "..")
+OBJECTS = ("../escape.png", "a/../../escape.png", "a//b.png", "./a.png", "a/./b.png", "b/..", "c/.")
 
 
 def corpus(folder: Path) -> int:
