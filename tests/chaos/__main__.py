@@ -112,9 +112,9 @@ def chaos(home: Path, faults: list[tuple[str, str]], options: argparse.Namespace
                 failed = True
             verdict = judge(place, expected)
         print(f"{name}: {verdict.repeated} rows repeat a key", flush=True)
-        for what, keys in (("lost", verdict.lost), ("duplicated", verdict.duplicated)):
+        for kind, keys in (("lost", verdict.lost), ("duplicated", verdict.duplicated)):
             if keys:
-                print(f"{name}: {what}: {', '.join(keys[:10])}")
+                print(f"{name}: {kind}: {', '.join(keys[:10])}")
         for outcome in campaign.outcomes:
             for problem in outcome.problems:
                 print(f"{name}: after {outcome.fault}: {problem}")
@@ -137,7 +137,6 @@ def network(home: Path, source: Path, weights: Path, expected: dict[str, bytes],
             place = Place("network", "s3://bucket/in", "s3://bucket/out", disk, weights, environment=there)
             campaign = Campaign(place, home / "log", print)
             campaign.go([], random.Random(seed))  # noqa: S311
-            proxy.rate = 0
             verdict = judge(place, expected)
             faults = proxy.counts.total() - proxy.counts["passed"]
             print(f"network: {dict(proxy.counts)}", flush=True)
