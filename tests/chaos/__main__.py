@@ -102,14 +102,19 @@ def chaos(home: Path, faults: list[tuple[str, str]], options: argparse.Namespace
         if not chosen or time.monotonic() > deadline:
             continue
         rng = random.Random(f"{options.seed} {name}")  # noqa: S311 - it is not for secrets
-        with PLACES[name](home, source, weights) as (place, scene):
+        with PLACES[name](home, source, weights) as (place, what):
             campaign = Campaign(place, log, lambda text: print(text, flush=True), deadline)
-            seconds = campaign.go(schedule(rng, chosen, IMAGES, startup), rng, **scene)
+            try:
+                seconds = campaign.go(schedule(rng, chosen, IMAGES, startup), rng, **what)
+                print(f"{name}: green after {seconds:.0f} s", flush=True)
+            except (TimeoutError, RuntimeError) as error:
+                print(error, flush=True)
+                failed = True
             verdict = judge(place, expected)
-        print(f"{name}: green after {seconds:.0f} s, {verdict.repeated} rows repeat a key", flush=True)
-        for what, keys in (("lost", verdict.lost), ("duplicated", verdict.duplicated)):
+        print(f"{name}: {verdict.repeated} rows repeat a key", flush=True)
+        for kind, keys in (("lost", verdict.lost), ("duplicated", verdict.duplicated)):
             if keys:
-                print(f"{name}: {what}: {', '.join(keys[:10])}")
+                print(f"{name}: {kind}: {', '.join(keys[:10])}")
         for outcome in campaign.outcomes:
             for problem in outcome.problems:
                 print(f"{name}: after {outcome.fault}: {problem}")
@@ -132,7 +137,6 @@ def network(home: Path, source: Path, weights: Path, expected: dict[str, bytes],
             place = Place("network", "s3://bucket/in", "s3://bucket/out", disk, weights, environment=there)
             campaign = Campaign(place, home / "log", print)
             campaign.go([], random.Random(seed))  # noqa: S311
-            proxy.rate = 0
             verdict = judge(place, expected)
             faults = proxy.counts.total() - proxy.counts["passed"]
             print(f"network: {dict(proxy.counts)}", flush=True)
@@ -158,16 +162,16 @@ def table(outcomes: list[Outcome], place: str, images: int, lost: int, duplicate
     return lines
 
 
-Scene = dict[str, object]
+What = dict[str, object]  # of `Scene` in the harness: what this place has that can be killed
 
 
 @contextmanager
-def local(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, Scene]]:
+def local(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, What]]:
     yield Place("local", str(source), str(home / "local"), home / "local", weights), {}
 
 
 @contextmanager
-def s3(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, Scene]]:
+def s3(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, What]]:
     server = S3(home / "s3")
     try:
         copy_into(server.folder / "bucket", source)
@@ -179,7 +183,7 @@ def s3(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, Scene]]
 
 
 @contextmanager
-def cluster(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, Scene]]:
+def cluster(home: Path, source: Path, weights: Path) -> Iterator[tuple[Place, What]]:
     """Two nodes, on local files. A node that is lost comes back as another one a little later."""
     nodes = Cluster(initialize_head=True, head_node_args=_NODE)
     try:

@@ -12,9 +12,8 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -74,24 +73,9 @@ class Place:
         return Counter(key for part in parts for key in pq.read_table(part, columns=["key"])["key"].to_pylist())
 
     def rows(self) -> list[dict[str, object]]:
-        """The report as anyone reads it."""
-        with _variables(self.environment):
-            rows: list[dict[str, object]] = read_rows(Store(self.output)).to_pylist()
-            return rows
-
-
-@contextmanager
-def _variables(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        """The report as anyone reads it, one row a key."""
+        rows: list[dict[str, object]] = read_rows(Store(str(self.disk))).to_pylist()
+        return rows
 
 
 class Run:
@@ -309,7 +293,20 @@ class Campaign:
             RuntimeError: the command does not end green although nothing is killed any more, or something that it
                 started is still there a minute later.
         """
-        began, run = time.monotonic(), self._start()
+        began = time.monotonic()
+        try:
+            self._until_green(self._through(kills, Scene(self._start(), rng, server, lose_node)))
+            seconds = time.monotonic() - began
+            if left := leftovers(self._marks):
+                raise RuntimeError(f"{self.place.name}: left over: {', '.join(one.title[:80] for one in left)}")
+            return seconds
+        finally:
+            for mark in self._marks:
+                end_all(mark)
+
+    def _through(self, kills: Sequence[Kill], scene: Scene) -> Run:
+        """The run that is under way, or has ended, after all the kills."""
+        run = scene.run
         for one in kills:
             if time.monotonic() > self.deadline:
                 break
@@ -320,20 +317,18 @@ class Campaign:
             if run.status is not None:  # it was faster: kill one that finds little to do
                 run = self._start()
                 self._watch_for(run, one.delay)
-            self._strike(one.fault, Scene(run, rng, server, lose_node))
+            self._strike(one.fault, replace(scene, run=run))
+        return run
+
+    def _until_green(self, run: Run) -> None:
         for attempt in range(_RUNS):
             if attempt or run.status is not None:
                 run = self._start()
             self._watch(run, lambda: False)
             if run.status == 0:
-                break
+                return
             self.say(f"{self.place.name}: it ended with {run.status}: once more")
-        else:
-            raise RuntimeError(f"{self.place.name}: not green in {_RUNS} runs:\n{self.log.read_text()[-3000:]}")
-        seconds = time.monotonic() - began
-        if left := leftovers(self._marks):
-            raise RuntimeError(f"{self.place.name}: left over: {', '.join(one.title[:80] for one in left)}")
-        return seconds
+        raise RuntimeError(f"{self.place.name}: not green in {_RUNS} runs:\n{self.log.read_text()[-3000:]}")
 
     def _start(self) -> Run:
         run = Run(self.place, self.log)

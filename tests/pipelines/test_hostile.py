@@ -145,7 +145,7 @@ def tiff(tags: dict[int, int], following: int = 0) -> bytes:
 def deep_metadata() -> Files:
     """Profiles, EXIF and text that are nested, endless, enormous when unpacked, or point at themselves."""
     png, jpeg = saved(smooth("RGB"), "PNG"), saved(smooth("RGB"), "JPEG")
-    bomb = zlib.compress(bytes(50_000_000), 9)
+    bomb = zlib.compress(bytes(50_000_000), 1)
 
     def with_chunks(*chunks: bytes) -> bytes:
         return png[:33] + b"".join(chunks) + png[33:]
@@ -187,7 +187,7 @@ NAMES = (
 FORBIDDEN = ("back\\slash.png", "..\\..\\escape.png", "caf\\xe9.png")
 SAME_STEM = ("stem.png", "stem.jpg", "stem.JPG", "stem.tiff", "stem", "other/stem.png")
 # What an object store may hold and no folder can
-OBJECTS = ("../escape.png", "a/../../escape.png", "a//b.png", "./a.png", "a/./b.png", "a/..", "..")
+OBJECTS = ("../escape.png", "a/../../escape.png", "a//b.png", "./a.png", "a/./b.png", "b/..", "c/.")
 
 
 def corpus(folder: Path) -> int:
@@ -281,7 +281,7 @@ def written_below(folder: Path) -> set[str]:
     return {name for name in found if not name.startswith((f"{folder}/out/manifest/", f"{folder}/out/report/"))}
 
 
-@pytest.mark.parametrize("image_format", ["same", "png", "webp"])
+@pytest.mark.parametrize("image_format", ["same", "webp"])
 def test_every_file_ends_as_one_row(
     tmp_path: Path, collection: tuple[Path, int], weights: Path, image_format: str
 ) -> None:
