@@ -47,6 +47,7 @@ _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
 _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
 _WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
+_NO_PROGRESS_SECONDS = 6 * 3600  # without a finished block: one of 100 megapixels takes over Ray's 30 minutes at times
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,7 @@ def _first_pass(part: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Ta
     context.print_on_execution_start = False
     context.max_errored_blocks = -1  # a lost block is not a lost run: its keys come back in the second pass
     context.wait_for_min_actors_s = _WAIT_FOR_ACTORS_SECONDS
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
     context.target_max_block_size = BLOCK_BYTES  # `fetch` gives away no less, which Ray would gather otherwise
     with warnings.catch_warnings():
         # max_restarts and max_task_retries go away in Ray 2.64, which is why it is pinned below: nothing replaces them.
