@@ -14,9 +14,9 @@ IMAGES = 64
 
 
 def test_what_was_killed_goes_on_and_ends_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str
 ) -> None:
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
     source, weights = make_collection(tmp_path, IMAGES)
     place = Place("local", str(source), str(tmp_path / "out"), tmp_path / "out", weights)
     campaign = Campaign(place, tmp_path / "log", print)

@@ -22,6 +22,7 @@ from pipelines.engine import Cluster, Placement, Pool, this_machine
 from pipelines.manifest import plan
 from pipelines.settings import RestoreJob
 from pipelines.stages import RestoreActor, Row, Work, fetch, finish
+from pipelines.storage import Store
 
 
 class PoisonedActor(RestoreActor):
@@ -183,10 +184,10 @@ def test_a_job_that_can_process_nothing_raises_what_it_met(tmp_path: Path, check
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
-    (tmp_path / "out").write_bytes(b"a file where the output folder should be")
     job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
     recipe = Restorer.load(checkpoint_file).recipe
     work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
-    pairs = plan(job.model_copy(update={"output": str(tmp_path / "elsewhere")}), recipe.hash, "stored").tables()
-    with pytest.raises(RuntimeError, match=r"no image could be processed; the first one met .*writing it"):
+    pairs = plan(job, recipe.hash, "stored", place=Store(str(tmp_path / "plan"))).tables()
+    (tmp_path / "out").write_bytes(b"a file where the output folder should be")
+    with pytest.raises(RuntimeError, match=r"no image could be processed; one met .*writing it"):
         engine.run(pairs, work, Placement(), lambda _: None)

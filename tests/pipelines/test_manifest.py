@@ -89,7 +89,7 @@ def test_a_name_that_no_output_can_have_is_refused(tmp_path: Path) -> None:
     todo = plan(job(tmp_path), "r", "stored")
     assert pairs_of(todo)["key"].to_pylist() == ["c.png"]
     (row,) = read_rows(todo.place).to_pylist()
-    assert (row["key"], row["status"], row["source"]) == ("a\\b.png", "refused", f"{tmp_path}/in")
+    assert (row["key"], row["status"], row["source"]) == ("a\\\\b.png", "refused", f"{tmp_path}/in")
     assert "is not a plain relative path: rename the file" in row["reason"]
 
 
@@ -222,9 +222,9 @@ def test_parts_hold_all_pairs_in_order_however_they_are_cut(tmp_path: Path) -> N
     make(tmp_path / "ref", *(f"{i}.tif" for i in range(9) if i != 4))
     scored = job(tmp_path, reference=str(tmp_path / "ref"))
     todo = plan(scored, "r", "stored")
-    assert todo.keys.to_pylist() == [*(f"{i}.png" for i in range(9)), "x\\y.png"]
+    assert todo.keys.to_pylist() == [*(f"{i}.png" for i in range(9)), "x\\\\y.png"]
     assert (todo.matched, todo.to_restore, todo.decided, todo.finished) == (10, 8, 2, 0)
-    assert {key: status for key, (status, _) in decided(todo).items()} == {"4.png": "missing", "x\\y.png": "refused"}
+    assert {key: status for key, (status, _) in decided(todo).items()} == {"4.png": "missing", "x\\\\y.png": "refused"}
     files = sorted((tmp_path / "out" / "manifest").iterdir())
     assert [len(pq.read_table(file)) for file in files] == [2, 2, 1, 2, 1]
     assert pa.concat_tables([pq.read_table(file) for file in files]).equals(pairs_of(todo))
@@ -281,7 +281,7 @@ def test_a_written_list_is_planned_in_its_own_order(tmp_path: Path) -> None:
 def test_a_plan_for_elsewhere_leaves_the_output_alone(tmp_path: Path) -> None:
     make(tmp_path / "in", "a.png", "b\\c.png")
     todo = plan(job(tmp_path), "r", "stored", place=Store(str(tmp_path / "aside")))
-    assert (pairs_of(todo)["key"].to_pylist(), list(decided(todo))) == (["a.png"], ["b\\c.png"])
+    assert (pairs_of(todo)["key"].to_pylist(), list(decided(todo))) == (["a.png"], ["b\\\\c.png"])
     assert not (tmp_path / "out").exists()
 
 
