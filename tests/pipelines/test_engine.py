@@ -113,7 +113,7 @@ def test_a_deterministic_recipe_gives_the_same_bits_from_any_number_of_actors(
         (tmp_path / "in" / f"{i}.tif").write_bytes(encode(Picture(pixels, "TIFF")))
     recipe = Restorer.load(checkpoint_file, tile="whole", deterministic=True).recipe
     made, workers, threads = [], [], []
-    for run, actors in enumerate((1, 2, 4)):
+    for run, actors in enumerate((1, 4)):
         job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / f"out{run}"))
         work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
         got: list[pa.Table] = []
@@ -124,11 +124,11 @@ def test_a_deterministic_recipe_gives_the_same_bits_from_any_number_of_actors(
         threads.append(done_by["threads"])
         files = sorted((tmp_path / f"out{run}" / "images").iterdir())
         made.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
-    assert threads == [4, 2, 1]
+    assert threads == [4, 1]
     assert workers[0] == 1
-    assert workers[2] > 1
+    assert workers[1] > 1
     assert len(made[0]) == 6
-    assert made[0] == made[1] == made[2]
+    assert made[0] == made[1]
 
 
 def test_blocks_are_balanced_by_bytes_and_the_largest_image_comes_first() -> None:

@@ -254,6 +254,7 @@ def test_a_place_that_is_not_there_ends_the_run_with_words(tmp_path: Path) -> No
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_starting_anew_and_a_second_run_at_once(
     tmp_path: Path, rng: np.random.Generator, checkpoint_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
