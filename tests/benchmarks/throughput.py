@@ -58,5 +58,8 @@ def _share(work: tuple[Path, list[tuple[Path, Path]]]) -> None:
 
 def _run(weights: Path, home: Path) -> None:
     command = [str(Path(sys.executable).with_name("nafnet")), "restore", f"{home}/set/test", f"{home}/out"]
-    command += ["--reference", f"{home}/set/test", "--pair", "/blur/=/sharp/", "--include", "*/blur/*.png"]
-    subprocess.run([*command, "--checkpoint", str(weights), "--protocol", "gopro"], check=True, capture_output=True)
+    command += ["--reference", f"{home}/set/test", "--pair", "blur=sharp", "--include", "*/blur/*.png"]
+    command += ["--checkpoint", str(weights), "--protocol", "gopro"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)

@@ -4,6 +4,7 @@ The flows are the real ones on a real Prefect server. Ray's part is done by the 
 run of the command itself.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -20,6 +21,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from nafnet import catalog
 from nafnet.images import decode
 from nafnet.model import NetConfig
 from pipelines import benchmark, datasets, engine, flows, made, manifest, report
@@ -342,6 +344,31 @@ def test_mistakes_are_said_before_any_work(
     assert result.exit_code == 2, result.output
     assert said in result.stderr
     assert not (tmp_path / "benchmark").exists()
+
+
+def test_all_published_rows_end_as_one_table(tmp_path: Path, gopro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of a catalog of our own, found by name below NAFNET_WEIGHTS and held to their hashes."""
+    goal = expected("gopro", gopro, tlc=True, rounds=True)
+    rows = {}
+    for name, psnr in (("Ours-GoPro", goal[0]), ("Other-GoPro", goal[0] + 1)):
+        file = save_published(tmp_path / f"{name}.pth", network())
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        rows[name] = catalog.CatalogEntry(
+            name, file.name, network().config, True, "gopro", sha256, file.stat().st_size, psnr, goal[1], CROP
+        )
+    monkeypatch.setattr(catalog, "CATALOG", rows)
+    monkeypatch.setenv("NAFNET_WEIGHTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = ["benchmark", "--all", "--data", f"gopro={gopro}", "--images", "4", "--train-size", str(CROP)]
+    result = CliRunner().invoke(app, [*words, "--no-explain"])
+    assert result.exit_code == 1, result.output
+    table = (tmp_path / "benchmark" / "benchmark.md").read_text()
+    assert table in result.stdout
+    ours, other = (re.split(r"\s+\|\s+", line.strip("| ")) for line in table.splitlines()[2:])
+    assert ours[:4] == ["gopro", "Ours-GoPro", "float32, whole images", f"{goal[0]:.4f}"]
+    assert (ours[-1], other[-1]) == ("reproduced", "not reproduced")
+    assert float(other[5]) == pytest.approx(-1, abs=1e-3)
+    assert "not reproduced: gopro Other-GoPro" in result.stderr
 
 
 def test_the_command_ends_red(tmp_path: Path, weights: Path, gopro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
