@@ -31,7 +31,9 @@ CASES = [
     for crop in (None, 256)
     if not (family == "PlainNet" and crop)  # it has no attention
     # The largest take a minute: the published one of them, and at width 8 what has most parts.
-    if size[0] < 720 or (crop and (width == 8 or (family, name) == ("NAFNet", "GoPro")))
+    if size[0] < 720
+    or (width == 8 and (crop or family == "PlainNet"))
+    or (crop and (family, name) == ("NAFNet", "GoPro"))
 ]
 SMALL = NetConfig(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
 
