@@ -31,6 +31,7 @@ class FaultProxy:
     Attributes:
         url: where it listens, once started.
         rate: share of the requests that meet a fault; may be changed while it runs.
+        next: how many requests from now on meet a fault whatever the rate; counts down to 0.
         counts: how many requests met which fault, and under "passed" how many met none.
     """
 
@@ -46,6 +47,7 @@ class FaultProxy:
         self._host, _, port = upstream.rpartition(":")
         self._port = int(port)
         self.rate = rate
+        self.next = 0
         self.counts: Counter[str] = Counter()
         self.url = ""
         self._faults, self._delay_seconds = tuple(faults), delay_seconds
@@ -106,7 +108,9 @@ class FaultProxy:
             head = _without(head, b"expect")
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await _body(reader, head)
-        fault = self._random.choice(self._faults) if self._random.random() < self.rate else None
+        wanted = self.next > 0 or self._random.random() < self.rate
+        self.next = max(0, self.next - 1)
+        fault = self._random.choice(self._faults) if wanted else None
         self.counts[fault or "passed"] += 1
         if fault == "drop":
             return False
