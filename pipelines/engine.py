@@ -42,7 +42,9 @@ logger = logging.getLogger(__name__)
 _BLOCK_BYTES = 8 * 2**20  # of encoded images
 _BLOCK_ROWS = 256
 _BLOCKS_PER_ACTOR = 4  # at least, so that all end at about the same time
-_SCARCE = 0.5  # CPUs that reading and writing reserve, so that they are never fused into the actors
+# CPUs that a task of reading or of writing reserves: other than an actor's, or they would be fused into it, and little,
+# so that on few cores two tasks can score while the network waits for images.
+_SCARCE = 0.25
 _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
 _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault

@@ -69,7 +69,6 @@ PIXEL_SCHEMA = pa.schema(
 BLOCK_BYTES = 16 * 2**20  # decoded, from which `fetch` gives a table away: its encoded size does not tell
 _REQUESTS = 8  # under way at once in one task: they wait for the network far more than they compute
 _ON_GPU = 2  # one image is copied while another is restored
-_SMALL_PIXELS = 2**18  # up to which an actor on a CPU restores several images at once, with a thread each
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,38 +222,40 @@ class RestoreActor:
         for (height, width, *_), places in groups.items():
             most = self.restorer.batch(height, width)
             queues[self._at_once(height, width)] += [places[i : i + most] for i in range(0, len(places), most)]
-        for at_once, queue in queues.items():
+        for fit, queue in queues.items():
+            at_once = min(fit, len(queue))
             with ThreadPoolExecutor(at_once) as pool:
-                done = pool.map(lambda places: self._restore([rows[i] for i in places]), queue)
+                done = pool.map(lambda places, n=at_once: self._restore([rows[i] for i in places], n), queue)
                 for places, restored in zip(queue, done, strict=True):
                     for i, row in zip(places, restored, strict=True):
                         rows[i] = row
         return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
 
     def _at_once(self, height: int, width: int) -> int:
-        """How many calls of the network on images of this size (px) are under way at once.
+        """How many calls of the network on images of this size (px) may be under way at once.
 
-        On a CPU threads of their own do more for several images than all threads do for one after the other.
+        On a CPU each image has a thread of its own where memory allows: threads that share one wait for the slowest
+        of them at every strip, which is the one whose core scoring and encoding use meanwhile.
         """
         if self.work.device != "cpu":
             return _ON_GPU
         fits = self.work.threads * self.restorer.process_bytes(height, width, None) <= self.restorer.memory
-        return self.work.threads if fits and height * width <= _SMALL_PIXELS else 1
+        return self.work.threads if fits else 1
 
-    def _restore(self, rows: list[Row]) -> list[Row]:
-        """Rows of one size and kind, which share their time in the network."""
+    def _restore(self, rows: list[Row], at_once: int) -> list[Row]:
+        """Rows of one size and kind, which share their time in the network, with that many such calls under way."""
         started = time.perf_counter()
         if self.work.device == "cpu":  # each thread of Python has a setting of its own
-            torch.set_num_threads(self.work.threads // self._at_once(rows[0]["height"], rows[0]["width"]))
+            torch.set_num_threads(max(1, self.work.threads // at_once))
         try:
             restored = self.restorer.restore_batch([self._input(row) for row in rows])
         except (ValueError, MemoryError) as error:  # such as colour for a network of grey images, or far too large
             if len(rows) > 1:
-                return [end for row in rows for end in self._restore([row])]
+                return [end for row in rows for end in self._restore([row], at_once)]
             return [_end(rows[0], Status.REFUSED, str(error))]
         except self.work.caught as error:
             return [_crashed(row, "restoring it", error) for row in rows]
-        seconds = (time.perf_counter() - started) / len(rows)
+        seconds = (time.perf_counter() - started) / (len(rows) * at_once)
         return [self._output(row, one, seconds) for row, one in zip(rows, restored, strict=True)]
 
     def _input(self, row: Row) -> Pixels:

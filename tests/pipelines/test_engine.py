@@ -28,12 +28,12 @@ from pipelines.storage import Store
 class PoisonedActor(RestoreActor):
     """Dies on one key, as native code does that meets a bad image, and fails on another, as a bug would."""
 
-    def _restore(self, rows: list[Row]) -> list[Row]:
+    def _restore(self, rows: list[Row], at_once: int) -> list[Row]:
         keys = [row["key"] for row in rows]
         _die_on("restore", keys)
         if "with a bug.png" in keys and not self.work.contained:
             raise RuntimeError("met a bug")
-        return super()._restore(rows)
+        return super()._restore(rows, at_once)
 
 
 def poisoned_fetch(batch: pa.Table, work: Work) -> Iterator[pa.Table]:
