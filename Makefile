@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench chaos clean
+.PHONY: help demo test check bench chaos up down clean
 
 help: ## Say what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -27,6 +27,12 @@ bench: $(VENV)/.dev ## Measure this machine, as ratios to plain implementations;
 
 chaos: $(VENV)/.dev ## Kill the real command, its actors, nodes and S3 server at random moments; 15 minutes, SEED=0
 	@$(BIN)/python -m tests.chaos --seed $(or $(SEED),0)
+
+up: $(VENV)/.dev ## Start a console on this machine: Prefect, Ray, S3, worker, deployments; state in .console/
+	@$(BIN)/python infra/console.py up
+
+down: ## Stop what `make up` started
+	@$(BIN)/python infra/console.py down
 
 clean: ## Remove the environment and everything that was made
 	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -25,6 +25,7 @@ from nafnet.tlc import windows
 from pipelines import cli_datasets, cli_report
 from pipelines.cli_benchmark import benchmark
 from pipelines.cli_common import Storage, clear_errors, end_early, end_together, fail, job_of, quiet, use_storage
+from pipelines.cli_doctor import doctor
 
 app = typer.Typer(
     help="Restore, score and account for image collections with NAFNet.",
@@ -248,6 +249,7 @@ def compare(
 
 
 app.command()(benchmark)
+app.command()(doctor)
 app.add_typer(cli_datasets.app, name="datasets")
 app.add_typer(cli_report.app, name="report")
 

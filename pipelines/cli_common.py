@@ -94,6 +94,7 @@ def quiet(verbose: bool) -> None:
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).propagate = False  # Prefect's root handler would say it again
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger("pipelines.rows").setLevel(logging.INFO if verbose else logging.CRITICAL)  # in the report, too
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     # Its temporary server takes longer than its default of 20 s on a busy machine.

@@ -15,6 +15,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming d
 
 import logging
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -48,6 +49,7 @@ _SCARCE = 0.25
 _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
 _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
+_REACH_SECONDS = 10  # for a head to take a connection
 _WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
 _NO_PROGRESS_SECONDS = 6 * 3600  # without a finished block: one of 100 megapixels takes over Ray's 30 minutes at times
 
@@ -122,7 +124,12 @@ def this_machine() -> Cluster:
 
 @contextmanager
 def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
-    """Start Ray for this run (`address` "local") or join a cluster, and leave or stop it at the end."""
+    """Start Ray for this run (`address` "local") or join a cluster, and leave or stop it at the end.
+
+    Raises:
+        ConnectionError: nothing listens at the address, or no cluster runs here for "auto".
+    """
+    _check_there(address)
     level = logging.INFO if verbose else logging.ERROR
     logging.getLogger("ray.data").setLevel(level)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -144,6 +151,22 @@ def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
         )
     finally:
         ray.shutdown()
+
+
+def _check_there(address: str) -> None:
+    """Ray itself would try for minutes. Raises ConnectionError."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "")  # where there is none, Ray looks for one here and says so at once
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"no Ray cluster at {address} ({error.strerror or error}): check that its head runs (ray start --head), "
+            "the address, and that its port is open to this machine"
+        ) from error
 
 
 @contextmanager

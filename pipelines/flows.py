@@ -1,35 +1,29 @@
 """The jobs as Prefect flows: Prefect schedules, watches, cancels and shows runs; Ray schedules the images."""
 
+import inspect
 import json
 import logging
 import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast
-from uuid import UUID
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from prefect import flow, task
-from prefect.artifacts import (
-    create_image_artifact,
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas import State
 from prefect.runtime import flow_run
+from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 
 from nafnet import catalog
@@ -41,6 +35,7 @@ from nafnet.restore import Restorer, settle
 from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
 from pipelines import compare_html, datasets, engine, lease, manifest, report, report_html, report_sheet, retry
+from pipelines.artifacts import Watch, emit, show_history, show_page, show_summary, unimportant
 from pipelines.benchmark import Cause, Published, Trial, Verdict
 from pipelines.containers import open_collection
 from pipelines.datasets import IMAGES, DataName, Found
@@ -56,8 +51,6 @@ from pipelines.storage_options import StorageOptions, load
 from pipelines.weights import locate
 
 logger = logging.getLogger(__name__)
-
-_ARTIFACT_SECONDS = 2.0
 
 NOT_REPRODUCED = "NotReproduced"  # the name of a benchmark's failed state when it ran to its end
 DIFFERENT = "Different"  # the name of a comparison's failed state when it ran to its end
@@ -133,7 +126,44 @@ def load_options(name: str | None) -> StorageOptions:
     return StorageOptions.parse(name, secret.get())
 
 
+def reach_server() -> str | None:
+    """The API of the Prefect server that is set, and its version, once it has answered; None when none is set.
+
+    Raises:
+        Exception: it does not answer.
+    """
+    url = get_current_settings().api.url
+    if url is None:
+        return None
+    with get_client(sync_client=True) as client:
+        client.hello().raise_for_status()
+        return f"{url}, version {client.api_version()}"
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _described(function: _F) -> _F:
+    """A flow's function whose parameters of `RestoreJob`'s names have that model's bounds and descriptions.
+
+    A server refuses what is out of bounds before there is a run, and its forms show the descriptions.
+    """
+    fields, signature = RestoreJob.model_fields, inspect.signature(function)
+    bounds = {name: field.metadata for name, field in fields.items() if field.metadata}
+    parameters = [
+        one.replace(annotation=Annotated[(one.annotation, *bounds[one.name])]) if one.name in bounds else one
+        for one in signature.parameters.values()
+    ]
+    said = {name: fields[name].description for name in signature.parameters if name in fields}
+    own = inspect.getdoc(function) or ""
+    words = [f"    {name}: {text}" for name, text in said.items() if text]
+    function.__doc__ = "\n".join([own if "\nArgs:\n" in own else f"{own}\n\nArgs:", *words])
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
+
+
 @flow(name="restore", log_prints=False)
+@_described
 def restore(
     source: str,
     output: str,
@@ -179,10 +209,14 @@ def restore(
     started, clock = datetime.now(UTC), time.monotonic()
     with lease.hold(Store(job.output), f"flow run {flow_run.name}") as held:
         plan = plan_images(prepared)
+        emit("started", matched=plan.matched, to_restore=plan.to_restore, output=job.output)
         cluster = restore_images(prepared, plan, held)
         held.check()
         run = _describe_run(prepared, plan, cluster, started)
         summary = report_images(prepared, plan, run, time.monotonic() - clock)
+    emit("completed", images=summary["images"], counts=summary["counts"], psnr=summary["psnr"], gain=summary["gain"])
+    with unimportant():
+        show_history(summary)
     if summary["images"] != plan.matched:
         raise RuntimeError(f"{plan.matched} images match, but the report has rows of {summary['images']}: run again")
     failed = summary["images"] - summary["counts"][Status.RESTORED]
@@ -226,13 +260,13 @@ def restore_images(prepared: Prepared, plan: Plan, held: Lease) -> dict[str, Any
     verbose = logger.isEnabledFor(logging.DEBUG)
     work, placement = work_of(prepared, plan), placement_of(prepared.job)
     with PartWriter(Store(work.output)) as parts, Progress(plan.to_restore) as progress:
-        watch = _Watch(progress)
+        watch = Watch(progress)
 
         def on_rows(rows: pa.Table) -> None:
             held.check()
             parts.add(rows)
             progress.add(Counter(rows["status"].to_pylist()))
-            watch.update()
+            watch.add(rows)
 
         return engine.run(plan.tables(), work, placement, on_rows, verbose=verbose)
 
@@ -274,23 +308,13 @@ def report_images(prepared: Prepared, plan: Plan, run: dict[str, Any], seconds: 
     whole = report.read_rows(output, recipe=plan.recipe, keys=report_sheet.telling(rows))
     strips = report_sheet.load_strips(whole)
     page = report_html.write_report(output, rows, summary, run, strips=strips)
-    with _unimportant():
-        _show(summary, page, strips)
+    with unimportant():
+        show_summary(summary, page, strips)
     return summary
 
 
-def _show(summary: dict[str, Any], page: str, strips: Sequence[report_sheet.Strip]) -> None:
-    """The summary as artifacts of the run."""
-    create_markdown_artifact(report.summary_markdown(summary), key="summary", description="What the run came to")
-    counts = [{"status": status, "images": count} for status, count in summary["counts"].items()]
-    create_table_artifact(counts, key="counts", description="Images by status")
-    if strips:
-        sheet = report_html.data_url(report_sheet.sheet_png(strips))
-        create_image_artifact(sheet, key="sheet", description="Before, restored and reference")
-    create_link_artifact(page if "://" in page else f"file://{page}", key="report", link_text="report.html")
-
-
 @flow(name="benchmark", log_prints=False)
+@_described
 def benchmark(
     data: DataName,
     url: str,
@@ -316,10 +340,17 @@ def benchmark(
 ) -> State[Any]:
     """Restore a published test set, score it as its authors do, and compare the means with the published ones.
 
-    `url` is the data set as it is distributed. `checkpoint` is a catalog name (left out: the widest NAFNet of the data
-    set) or a file; `against` names the published row to meet, or `expect_psnr` and `expect_ssim_3d` give the value.
-    `images` is how many there should be, left out for the published number. When the run is off, `explain` looks for
-    the cause on a sample. Ends red when the value is not reproduced.
+    Ends red when the value is not reproduced.
+
+    Args:
+        data: The test set
+        url: The test set as it is distributed: a folder or a prefix
+        against: The catalog or ablation row whose published value is to be met; unset: the checkpoint's own
+        expect_psnr: The mean PSNR to meet instead, dB
+        expect_ssim_3d: The mean SSIM-3D to meet instead
+        images: How many images there should be; unset: the published number
+        variant: gamma: GoPro's blur_gamma, which is not the published one
+        explain: When the value is not met, look for the cause on a sample
     """
     given = dict(locals())
     found, goal, job = benchmark_job(given)
@@ -328,7 +359,7 @@ def benchmark(
         state.result()  # raises what ended it
     verdict = judge_run(job, found, goal, explain=explain)
     text = "\n".join(benchmarks.lines(verdict))
-    with _unimportant():
+    with unimportant():
         create_markdown_artifact(f"```\n{text}\n```", key="verdict", description="Against the published value")
     if verdict.reproduced:
         return Completed(message=f"reproduced: {goal.name}")
@@ -394,7 +425,7 @@ def _tried(prepared: Prepared, keys: Sequence[str], rows: pa.Table, found: Found
     convention = Convention.parse(prepared.protocol)
     for trial in benchmarks.trials(prepared.recipe, convention, found.data, datasets.other_blur(found)):
         logger.info("trying on %d images whether %s", len(places), trial.words)
-        with _unimportant():
+        with unimportant():
             moved = _moved(prepared.job, trial, places, [scores[keys[at]] for at in places])
             if benchmarks.explains(verdict, moved):
                 yield Cause(
@@ -418,35 +449,6 @@ def _moved(job: RestoreJob, trial: Trial, places: Sequence[int], before: Sequenc
         (a, b) for a, b in zip(after, before, strict=True) if a is not None and math.isfinite(a) and math.isfinite(b)
     ]
     return sum(a - b for a, b in both) / len(both) if both else None
-
-
-@contextmanager
-def _unimportant() -> Iterator[None]:
-    """What only shows a run must not end it: a Prefect server that does not answer for a moment is logged."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - whatever a server or the network does
-        logger.warning("could not update the run's artifacts: %s: %s", type(error).__name__, error)
-
-
-class _Watch:
-    """Keeps the run's progress artifact up to date, a few times a minute."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._artifact: UUID | None = None
-        self._updated = time.monotonic()
-        with _unimportant():
-            artifact = create_progress_artifact(0.0, key="progress", description="Images that have their row")
-            self._artifact = cast(UUID, artifact)  # a coroutine only when called from one
-
-    def update(self) -> None:
-        done, total = self._progress.done, self._progress.total
-        late = time.monotonic() - self._updated > _ARTIFACT_SECONDS
-        if self._artifact is not None and (done == total or late):
-            with _unimportant():
-                update_progress_artifact(self._artifact, progress=100 * done / total)
-            self._updated = time.monotonic()
 
 
 def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], started: datetime) -> dict[str, Any]:
@@ -495,7 +497,7 @@ def compare_runs(runs: tuple[str, ...], output: str, tolerance: float) -> compar
     """Read the runs, compare them, write the page and show the numbers in Prefect."""
     comparison = comparing.compare([comparing.load_run(run) for run in runs], tolerance)
     page = compare_html.write_comparison(Store(output), comparison)
-    with _unimportant():
+    with unimportant():
         create_markdown_artifact(comparing.markdown(comparison), key="comparison", description="Runs side by side")
-        create_link_artifact(page if "://" in page else f"file://{page}", key="compare", link_text="compare.html")
+        show_page("compare", page)
     return comparison

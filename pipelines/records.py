@@ -53,10 +53,10 @@ class ReportRow:
     `psnr_input` and its kin score the degraded image against the reference, `psnr` the restored one, dB.
     `protocol` names the convention they are all under, such as `gopro` or `gopro+basicsr+y+crop4` (see
     `nafnet.conventions.Convention`); one whose SSIM is 2-D leaves `ssim_3d` None. `seconds` is the time in the
-    network alone. `tile` is the side in px of the `tiles` that the image went through, None when it went whole;
-    `precision` is that of the network after any fallback, and `note` says what went otherwise than asked. `digest`
-    is that of the written pixels, the same in every format that keeps them (`stages.digest`). `retries` is how many
-    requests to storage had to be made again to fetch and finish it.
+    network alone, shared by the images that an actor has in it at once. `tile` is the side in px of the `tiles` that
+    the image went through, None when it went whole; `precision` is that of the network after any fallback, and `note`
+    says what went otherwise than asked. `digest` is that of the written pixels, the same in every format that keeps
+    them (`stages.digest`). `retries` is how many requests to storage had to be made again to fetch and finish it.
     """
 
     key: str

@@ -11,14 +11,7 @@ from nafnet.images import check_output
 from pipelines.datasets import IMAGES
 from pipelines.storage_options import NAMED
 
-StorageName = Annotated[
-    str,
-    Field(
-        pattern=NAMED,
-        description="Where options of file systems (endpoint, keys) are kept: env:VARIABLE, file:PATH of a .json or "
-        ".toml, block:NAME of a Prefect Secret; unset: the environment alone",
-    ),
-]
+StorageName = Annotated[str, Field(pattern=NAMED)]
 
 
 class RestoreJob(BaseModel):
@@ -115,7 +108,13 @@ class RestoreJob(BaseModel):
     )
     fresh: Annotated[bool, Field(description="Start anew: what earlier runs reported does not count")] = False
     max_megapixels: Annotated[float, Field(gt=0, description="Images larger than this are refused")] = 250
-    storage: StorageName | None = None
+    storage: Annotated[
+        StorageName | None,
+        Field(
+            description="Where options of file systems (endpoint, keys) are kept: env:VARIABLE, file:PATH of a .json "
+            "or .toml, block:NAME of a Prefect Secret; unset: the environment alone",
+        ),
+    ] = None
 
     @field_validator("tile", mode="before")
     @classmethod

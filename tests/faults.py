@@ -33,6 +33,7 @@ class FaultProxy:
         rate: share of the requests that meet a fault; may be changed while it runs.
         next: how many requests from now on meet a fault whatever the rate; counts down to 0.
         counts: how many requests met which fault, and under "passed" how many met none.
+        heads: the requests without their bodies, in the order in which they came.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class FaultProxy:
         self.rate = rate
         self.next = 0
         self.counts: Counter[str] = Counter()
+        self.heads: list[str] = []
         self.url = ""
         self._faults, self._delay_seconds = tuple(faults), delay_seconds
         self._random = random.Random(seed)  # noqa: S311 - a test's dice
@@ -107,6 +109,7 @@ class FaultProxy:
         if _header(head, b"expect"):
             head = _without(head, b"expect")
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.heads.append(head.decode("latin-1"))
         body = await _body(reader, head)
         wanted = self.next > 0 or self._random.random() < self.rate
         self.next = max(0, self.next - 1)

@@ -19,7 +19,18 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # as the command has it, for
 
 from ray.cluster_utils import Cluster
 
-from tests.chaos.harness import S3, Campaign, Outcome, Place, copy_into, judge, make_collection, schedule, undisturbed
+from tests.chaos.harness import (
+    S3,
+    Campaign,
+    Outcome,
+    Place,
+    copy_into,
+    done_again,
+    judge,
+    make_collection,
+    schedule,
+    undisturbed,
+)
 from tests.chaos.processes import below, kill
 from tests.faults import FaultProxy
 
@@ -116,7 +127,7 @@ def chaos(home: Path, faults: list[tuple[str, str]], options: argparse.Namespace
             if keys:
                 print(f"{name}: {kind}: {', '.join(keys[:10])}")
         for outcome in campaign.outcomes:
-            for problem in outcome.problems:
+            for problem in outcome.problems + done_again(outcome):
                 print(f"{name}: after {outcome.fault}: {problem}")
                 failed = True
         failed |= bool(verdict.lost or verdict.duplicated)

@@ -35,6 +35,7 @@ _POLL_SECONDS = 0.05
 _ORPHAN_SECONDS = 60.0  # what is left of a killed run ends by itself within these
 _RUN_SECONDS = 240.0  # a run that takes longer hangs
 _RUNS = 4  # of the same command after the last kill, until it ends green
+_BLOCK_IMAGES = 50  # of a block: those of one in flight are written, or not, when what held it is gone
 _SAME_WRITE_SECONDS = 0.3  # a server may set the time of a file after it has written it
 
 
@@ -397,6 +398,14 @@ def half_done(place: Place) -> list[str]:
         if row["status"] == "restored" and row["key"] not in there:
             problems.append(f"a row without its image: {row['key']}")
     return problems
+
+
+def done_again(outcome: Outcome) -> list[str]:
+    """What is wrong when images with a row were written again: those without one, and a block in flight, may be."""
+    allowed = outcome.unreported + _BLOCK_IMAGES
+    if outcome.redone <= allowed:
+        return []
+    return [f"{outcome.redone} images were done again, {outcome.unreported} had no row, {allowed} are allowed"]
 
 
 def leftovers(marks: Sequence[str]) -> list[Process]:

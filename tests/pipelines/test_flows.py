@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from prefect import get_client
+from prefect.blocks.system import Secret
 from prefect.client.schemas import State
 
 from nafnet.images import Picture, decode, encode, read_note
@@ -22,6 +23,7 @@ from pipelines.report import read_rows
 from pipelines.settings import RestoreJob
 from pipelines.storage import Store
 from tests.conftest import GOPRO_LIKE, SIDD_LIKE, random_network, save_published
+from tests.pipelines.conftest import KEY, SECRET
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -233,6 +235,34 @@ def test_from_bucket_to_bucket(s3_url: str, rng: np.random.Generator, checkpoint
     kept = [Store(output).read(name) for name in ("run.json", "report.html", "summary.json")]
     secrets = [os.environ["AWS_SECRET_ACCESS_KEY"].encode(), os.environ["AWS_ACCESS_KEY_ID"].encode()]
     assert not any(secret in content for secret in secrets for content in kept)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_options_of_storage_come_from_a_secret_block(
+    s3_address: str,
+    s3_folder: Path,
+    rng: np.random.Generator,
+    checkpoint_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    there = s3_folder / "bucket" / tmp_path.name
+    (there / "in").mkdir(parents=True)
+    (there / "in" / "1.png").write_bytes(png(rng))
+    place = f"s3://bucket/{tmp_path.name}"
+    job = {"source": f"{place}/in", "output": f"{place}/out", "storage": "block:lab-storage"}
+    with pytest.raises(ValueError, match="no Secret block of this name"):
+        flows.load_options("block:lab-storage")
+    options = {"s3://": {"endpoint_url": f"http://{s3_address}", "key": KEY, "secret": SECRET}}
+    Secret(value=options).save("lab-storage")
+    state = restore(**job, checkpoint=str(checkpoint_file))
+    assert state.is_completed(), state.message
+    assert (there / "out" / "images" / "1.png").exists()
+    kept = (there / "out" / "run.json").read_text()
+    assert json.loads(kept)["job"]["storage"] == "block:lab-storage"
+    assert SECRET not in kept
 
 
 @pytest.mark.usefixtures("without_ray")
