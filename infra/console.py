@@ -153,7 +153,7 @@ def _storage(console: Console) -> None:
         shutil.copytree(console.home / "photos" / "degraded", bucket / "incoming")
     address = f"127.0.0.1:{console.ports['s3']}"
     # The keys are in its environment, not on its command line, which every user of the machine can read.
-    console.environment["RCLONE_AUTH_KEY"] = f"{key},{secret}"
+    console.environment["RCLONE_AUTH_KEY"] = f'"{key},{secret}"'  # a list of one pair
     console.start("s3", BIN / "rclone", "serve", "s3", "--addr", address, "--dir-cache-time", "1s", console.home / "s3")
     del console.environment["RCLONE_AUTH_KEY"]
     console.wait("s3", lambda: _listens(console.ports["s3"]))

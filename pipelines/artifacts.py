@@ -53,6 +53,13 @@ def unimportant() -> Iterator[None]:
         logger.warning("could not show the run in Prefect: %s: %s", type(error).__name__, error)
 
 
+def log_to_prefect() -> None:
+    """Let our lines through to a deployment's run: PREFECT_LOGGING_EXTRA_LOGGERS gives handlers, and no level."""
+    for name in ("nafnet", "pipelines"):
+        if deployment.id and logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(logging.INFO)
+
+
 def emit(name: EventName, **payload: Any) -> None:
     """The event `restore.<name>` of this flow run, about its deployment where it has one; for automations."""
     related = [{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}]

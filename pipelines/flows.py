@@ -35,7 +35,7 @@ from nafnet.restore import Restorer, settle
 from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
 from pipelines import compare_html, datasets, engine, lease, manifest, report, report_html, report_sheet, retry
-from pipelines.artifacts import Watch, emit, show_history, show_page, show_summary, unimportant
+from pipelines.artifacts import Watch, emit, log_to_prefect, show_history, show_page, show_summary, unimportant
 from pipelines.benchmark import Cause, Published, Trial, Verdict
 from pipelines.containers import open_collection
 from pipelines.datasets import IMAGES, DataName, Found
@@ -205,6 +205,7 @@ def restore(
     can be overridden one by one.
     """
     job = RestoreJob.model_validate(dict(locals()))
+    log_to_prefect()
     prepared = prepare(job)
     started, clock = datetime.now(UTC), time.monotonic()
     with lease.hold(Store(job.output), f"flow run {flow_run.name}") as held:
