@@ -32,7 +32,8 @@ def rows(images: int) -> list[Row]:
         home = Path(folder)
         make("gopro", home / "set", images=images)
         weights = save_published(home / "tiny.pth", random_network(TINY))
-        pairs = [(path, Path(str(path).replace("/blur/", "/sharp/"))) for path in sorted((home / "set").rglob("blur/*.png"))]
+        blurred = sorted((home / "set").rglob("blur/*.png"))
+        pairs = [(path, Path(str(path).replace("/blur/", "/sharp/"))) for path in blurred]
         cores = torch.get_num_threads()
         # Half of the loop before the run and half after it: a machine's speed changes over half an hour.
         loop = clock(lambda: _loop(weights, pairs[::2], cores))
