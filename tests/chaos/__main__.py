@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is killed")
     parser.add_argument("--kills", type=int, default=len(FAULTS), help=f"at most {len(FAULTS)}")
-    parser.add_argument("--minutes", type=float, default=15, help="after which nothing more is killed")
+    parser.add_argument("--minutes", type=float, default=12, help="after which nothing more is killed")
     parser.add_argument("--short", action="store_true", help="local files alone, one driver and one actor")
     parser.add_argument("--places", nargs="*", default=[*PLACES, "network"], help="of local, S3, cluster, network")
     options = parser.parse_args()
