@@ -51,14 +51,13 @@ def client(console: Console) -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def until(ready: Callable[[], bool], seconds: float) -> float:
-    """The seconds until `ready`. Raises TimeoutError."""
+def until(ready: Callable[[], bool], seconds: float) -> None:
+    """Wait until `ready`. Raises TimeoutError."""
     began = time.monotonic()
     while not ready():
         if time.monotonic() - began > seconds:
             raise TimeoutError(f"not within {seconds} s")
         time.sleep(0.5)
-    return time.monotonic() - began
 
 
 _LOOK = """
@@ -115,10 +114,7 @@ def test_a_deployment_runs_is_cancelled_and_goes_on(console: Console, client: Sy
     images = bucket / "restored" / "again" / "images"
     until(lambda: len([*images.rglob("*.png")]) >= 2, 120)
     console.run(BIN / "prefect", "flow-run", "cancel", second)
-    cancelled = time.monotonic()
     until(lambda: (there := cluster(console))["free"] == there["cpus"], IDLE_SECONDS)
-    took = time.monotonic() - cancelled
-    assert took < IDLE_SECONDS
     state = ended(client, second, 60).state
     assert state is not None
     assert state.is_cancelled()
