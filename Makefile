@@ -16,11 +16,12 @@ demo: $(VENV)/.demo ## Restore real photographs with the bundled weights; result
 test: $(VENV)/.dev ## Run all tests
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: $(VENV)/.dev ## Lint, format, strict types, import rules
+check: $(VENV)/.dev ## Lint, format, strict types, import rules, known vulnerabilities
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python infra/audit.py
 
 bench: $(VENV)/.dev ## Measure this machine, as ratios to plain implementations; PARTS="networks pictures" for some
 	@$(BIN)/python -m tests.benchmarks $(PARTS)

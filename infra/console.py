@@ -25,7 +25,9 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 BUCKET = "nafnet"
 POOL = "restoration"
-_PORTS = {"prefect": 4200, "s3": 9000, "ray": 6379, "postgres": 5442}  # taken ones give way to free ones
+_PORTS = {  # taken ones give way to free ones
+    "prefect": 4200, "s3": 9000, "ray": 6379, "dashboard": 8265, "metrics": 9100, "postgres": 5442
+}  # fmt: skip
 _START_SECONDS = 120
 _STOP_SECONDS = 30
 
@@ -208,9 +210,13 @@ def _ray(console: Console) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ADDRESS": f"127.0.0.1:{port}",
     }
-    address = ("--node-ip-address", "127.0.0.1", "--port", port, "--include-dashboard", "false")
+    address = (
+        "--node-ip-address", "127.0.0.1", "--port", port, "--metrics-export-port", console.ports["metrics"],
+        "--dashboard-host", "127.0.0.1", "--dashboard-port", console.ports["dashboard"],
+    )  # fmt: skip
     console.start("ray", BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", *address)
-    console.wait("ray", lambda: _listens(port))
+    jobs = f"http://127.0.0.1:{console.ports['dashboard']}/api/jobs/"
+    console.wait("ray", lambda: _listens(port) and _answers(jobs))
 
 
 def _deployments(console: Console) -> None:
@@ -218,8 +224,13 @@ def _deployments(console: Console) -> None:
     console.run(prefect, "work-pool", "create", POOL, "--type", "process", "--overwrite")
     print("registering the deployments")
     console.run(prefect, "--no-prompt", "deploy", "--all", "--prefect-file", ROOT / "infra" / "prefect.yaml")
-    console.start("worker", prefect, "worker", "start", "--pool", POOL, "--name", "worker")
-    workers = (prefect, "work-pool", "inspect", POOL)
+    worker(console)
+
+
+def worker(console: Console) -> None:
+    """Start the worker that runs deployments, and wait until the server has heard of it."""
+    console.start("worker", BIN / "prefect", "worker", "start", "--pool", POOL, "--name", "worker")
+    workers = (BIN / "prefect", "work-pool", "inspect", POOL)
     console.wait("worker", lambda: "READY" in console.run(*workers))
 
 
@@ -284,7 +295,7 @@ def main() -> None:
         f"""
 Prefect    http://127.0.0.1:{console.ports["prefect"]}   (deployments restore/gopro, restore/folder, ...)
 S3         {console.environment["AWS_ENDPOINT_URL"]}   bucket s3://{BUCKET}, keys in {home}/environment
-Ray        {console.environment["RAY_ADDRESS"]}
+Ray        {console.environment["RAY_ADDRESS"]}   dashboard and jobs http://127.0.0.1:{console.ports["dashboard"]}
 logs       {home}/*.log
 
   source {home}/environment

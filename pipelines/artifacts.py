@@ -38,7 +38,7 @@ rows_logger = logging.getLogger("pipelines.rows")
 """One line a block and one a failed image, as JSON."""
 
 DEGRADED_DB = 0.1  # by which the mean gain falls from one run of a deployment to the next before it is an event
-_UPDATE_SECONDS = 2.0
+_UPDATE_SECONDS = 5.0  # each opens a connection
 _HISTORY = 100  # runs of a deployment that its history keeps
 
 EventName = Literal["started", "progress", "completed", "degraded"]

@@ -24,7 +24,17 @@ from nafnet.recipe import Precision
 from nafnet.tlc import windows
 from pipelines import cli_datasets, cli_report
 from pipelines.cli_benchmark import benchmark
-from pipelines.cli_common import Storage, clear_errors, end_early, end_together, fail, job_of, quiet, use_storage
+from pipelines.cli_common import (
+    RayAddress,
+    Storage,
+    clear_errors,
+    end_early,
+    end_together,
+    fail,
+    job_of,
+    quiet,
+    use_storage,
+)
 from pipelines.cli_doctor import doctor
 
 app = typer.Typer(
@@ -120,12 +130,20 @@ def restore(
     ] = None,
     actors: Annotated[
         int | None,
-        typer.Option(help="Processes that hold the network. Default: one for four CPUs, or all GPUs."),
+        typer.Option(help="Processes that hold the network. Default: one for four free CPUs, or all free GPUs."),
+    ] = None,
+    max_actors: Annotated[
+        int | None, typer.Option(help="Up to so many as CPUs or GPUs become free and nodes join. Default: no more.")
     ] = None,
     gpus_per_actor: Annotated[float, typer.Option(help="GPUs each actor reserves; 0 restores on the CPU.")] = 0,
-    ray_address: Annotated[
-        str, typer.Option(help="'local' starts Ray for this run; 'auto' or host:port joins a cluster.")
-    ] = "local",
+    ray_address: RayAddress = "local",
+    ray_wheel: Annotated[
+        str | None,
+        typer.Option(help="With http://: a wheel of this package to run there. Default: what the cluster has."),
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Hours after which the run stops; the same again goes on.")
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Glob of the keys to restore; may repeat. Default: the image extensions."),
@@ -615,7 +633,7 @@ def _run_restore(job: Any) -> None:
 def _dry_run(job: Any) -> None:
     from nafnet.memory import available_bytes
     from pipelines.containers import open_collection
-    from pipelines.engine import this_machine
+    from pipelines.engine import Placement, this_machine
     from pipelines.estimate import estimate
     from pipelines.flows import prepare
     from pipelines.manifest import plan
@@ -625,7 +643,7 @@ def _dry_run(job: Any) -> None:
     prepared = prepare(job)
     memory = None
     if job.ray_address == "local" and not job.gpus_per_actor:  # else its actors are on machines that are not seen here
-        pool, threads = this_machine().pool(job.actors, 0)
+        pool, threads = this_machine().pool(Placement(actors=job.actors))
         torch.set_num_threads(threads)
         memory = available_bytes(share=pool.memory_share())
     restorer = load_restorer(prepared.weights, prepared.recipe, memory=memory)

@@ -6,7 +6,7 @@ import typer
 
 from nafnet.conventions import ProfileName, ProtocolName
 from nafnet.recipe import Precision
-from pipelines.cli_common import Storage, clear_errors, end_early, end_together, fail, quiet, words_of
+from pipelines.cli_common import RayAddress, Storage, clear_errors, end_early, end_together, fail, quiet, words_of
 
 
 def benchmark(
@@ -55,9 +55,7 @@ def benchmark(
     tile: Annotated[str, typer.Option(metavar="auto|whole|PX", help="Tiles, too, are a row of their own.")] = "whole",
     actors: Annotated[int | None, typer.Option(help="Processes that hold the network.")] = None,
     gpus_per_actor: Annotated[float, typer.Option(help="GPUs each actor reserves; 0 restores on the CPU.")] = 0,
-    ray_address: Annotated[
-        str, typer.Option(help="'local' starts Ray for this run; 'auto' or host:port joins a cluster.")
-    ] = "local",
+    ray_address: RayAddress = "local",
     storage: Storage = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and Prefect say too.")] = False,
 ) -> None:

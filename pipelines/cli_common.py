@@ -20,6 +20,14 @@ Storage = Annotated[
     ),
 ]
 
+RayAddress = Annotated[
+    str,
+    typer.Option(
+        help="'local' starts Ray for this run; 'auto' or host:port joins a cluster; http://host:8265 submits the work "
+        "to one as a job."
+    ),
+]
+
 
 def use_storage(name: str | None) -> None:
     """Open file systems with the options kept at `name`. Raises ValueError or StorageError when they are no good."""

@@ -13,7 +13,8 @@ def doctor(
         list[str] | None, typer.Argument(metavar="[URL]...", help="Prefixes that a run would read and write.")
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="A Ray cluster to reach: 'auto' or host:port; 'local' starts one.")
+        str | None,
+        typer.Option(help="A Ray cluster to reach: 'auto', host:port or http://host:8265; 'local' starts one."),
     ] = None,
     storage: Storage = None,
 ) -> None:
@@ -59,10 +60,12 @@ def _prefect() -> Any:
 
 
 def _ray(address: str) -> Any:
-    from pipelines import engine
+    from pipelines import engine, remote
     from pipelines.doctor import Finding, Level
 
     try:
+        if remote.is_remote(address):
+            return Finding("Ray", Level.OK, f"takes jobs, Ray {remote.version(address)}")
         with engine.connect(address) as cluster:
             found = f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus:g} GPUs, Ray {cluster.version}"
             return Finding("Ray", Level.OK, found)

@@ -58,6 +58,7 @@ _OF_THE_JOB = (
     "exclude",
     "limit",
     "actors",
+    "max_actors",
     "gpus_per_actor",
     "ray_address",
     "max_megapixels",

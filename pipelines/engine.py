@@ -11,6 +11,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side writes to stderr past any logger
 # Threads of the network that wait for one another spin: on a core that another stage wants, longer than they compute.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Memory that is given back to the system after each image comes back as page faults, a tenth of an image's time. Blocks
+# above 32 MiB, glibc's largest threshold, still go back at once.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset it warns at each start
 
 import logging
@@ -18,6 +23,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,13 +37,17 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RaySystemError, RayTaskError
+from ray.util.metrics import Counter, Histogram
 
 from pipelines.isolation import Isolated, ProcessDied
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Status
 from pipelines.stages import BLOCK_BYTES, RestoreActor, Work, fetch, finish
 
 logger = logging.getLogger(__name__)
+
+PASSING = (ConnectionError, RaySystemError, RayActorError, NodeDiedError, OutOfMemoryError)
+"""What a job meets on a cluster that is gone or fails: another attempt may not meet it."""
 
 # A block costs 20 to 30 ms. `fetch` cuts it by what it holds decoded, which its encoded size does not tell.
 _BLOCK_BYTES = 8 * 2**20  # of encoded images
@@ -50,68 +60,93 @@ _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
 _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
 _REACH_SECONDS = 10  # for a head to take a connection
+_SETTLE_SECONDS = 3  # in which what a job has just given back counts as free
 _WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
+_STAGES = {"fetch_seconds": "fetch", "seconds": "network", "finish_seconds": "finish"}
+_STAGE_SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]  # bounds of the histogram
 _NO_PROGRESS_SECONDS = 6 * 3600  # without a finished block: one of 100 megapixels takes over Ray's 30 minutes at times
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where to run and what to ask for. `address` is "local", "auto" or host:port; no `actors` means as many as fit."""
+    """Where to run and what to ask for. `address` is "local", "auto" or host:port; no `actors` means as many as fit.
+
+    With `max_actors` the pool starts with `actors` and grows to that many as CPUs or GPUs become free and nodes join.
+    """
 
     address: str = "local"
     actors: int | None = None
+    max_actors: int | None = None
     gpus_per_actor: float = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The processes that hold the network. `cpus` and `gpus` are what each reserves."""
+    """The processes that hold the network: from `actors` to `most`. `cpus` and `gpus` are what each reserves."""
 
     actors: int
+    most: int
     cpus: float
     gpus: float
 
     def memory_share(self, nodes: int = 1) -> float:
         """What one actor may use of its machine's memory, or of its GPU's."""
-        return min(1.0, self.gpus) if self.gpus else 1 / -(-self.actors // nodes)
+        return min(1.0, self.gpus) if self.gpus else 1 / -(-self.most // nodes)
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What the connected Ray offers. `node_cpus` are those of its largest node, which an actor must fit on."""
+    """What the connected Ray offers. `node_cpus` are those of its largest node, which an actor must fit on.
+
+    `free_cpus` and `free_gpus` are what no other job has reserved.
+    """
 
     cpus: int
+    free_cpus: float
     node_cpus: int
     gpus: float
+    free_gpus: float
     nodes: int
     version: str
 
-    def pool(self, actors: int | None, gpus_per_actor: float) -> tuple[Pool, int]:
+    def pool(self, placement: Placement) -> tuple[Pool, int]:
         """The pool for these wishes, and how many threads each actor's network gets.
 
-        Actors never reserve the last CPU: reading, scoring and writing need it, and threads may use it meanwhile.
+        It takes what is free, so that several jobs run beside one another, but never the last CPU: reading, scoring and
+        writing need it, of other jobs too, and threads may use it meanwhile.
 
         Raises:
             ValueError: more is wished for than the cluster has, which would wait for ever.
         """
-        if gpus_per_actor > 0:
-            per_gpu = int(1 / gpus_per_actor) if gpus_per_actor < 1 else 1
-            fits = int(self.gpus) * per_gpu if gpus_per_actor < 1 else int(self.gpus / gpus_per_actor)
-            if fits < (actors or 1):
+        wanted, gpus = placement.actors, placement.gpus_per_actor
+        if gpus > 0:
+            if self._gpu_actors(self.gpus, gpus) < (wanted or 1):
                 raise ValueError(
-                    f"{actors or 1} actors of {gpus_per_actor:g} GPUs asked for, the cluster has {self.gpus:g} GPUs: "
+                    f"{wanted or 1} actors of {gpus:g} GPUs asked for, the cluster has {self.gpus:g} GPUs: "
                     "lower --actors or --gpus-per-actor (0 restores on CPUs)"
                 )
-            return Pool(actors or fits, self._share(actors or fits, most=1), gpus_per_actor), 1
-        count = actors or max(1, self.cpus // 4)  # four threads each: more gain little on one image
-        if count > self.cpus:
-            raise ValueError(f"{count} actors asked for, the cluster has {self.cpus} CPUs: ask for no more than those")
-        threads = max(1, min(self.cpus // count, self.node_cpus))
-        return Pool(count, self._share(count, most=threads), 0), threads
+            count, threads = wanted or max(1, self._gpu_actors(self.free_gpus, gpus)), 1
+        else:
+            free = max(1, int(self.free_cpus))
+            count = wanted or max(1, free // 4)  # four threads each: more gain little on one image
+            if count > self.cpus:
+                raise ValueError(
+                    f"{count} actors asked for, the cluster has {self.cpus} CPUs: ask for no more than those"
+                )
+            threads = max(1, min(free // count, self.node_cpus))
+        most = placement.max_actors or count
+        if wanted is None:
+            count = min(count, most)
+        return Pool(count, most, self._share(count, most=threads), gpus), threads
+
+    @staticmethod
+    def _gpu_actors(there: float, each: float) -> int:
+        """How many actors these GPUs hold: a fraction of a GPU is always of one."""
+        return int(there) * int(1 / each) if each < 1 else int(there / each)
 
     def _share(self, actors: int, *, most: int) -> float:
         """CPUs that each actor reserves: whole ones, or a fraction of one where they are scarce."""
-        share = (self.cpus - 1) / actors if self.cpus > 1 else 0
+        share = max(0, int(self.free_cpus) - 1) / actors
         whole = min(int(share), most, max(1, self.node_cpus - 1))
         return float(whole) if whole else max(_LEAST_SHARE, int(share * 10) / 10)
 
@@ -119,7 +154,7 @@ class Cluster:
 def this_machine() -> Cluster:
     """What a Ray started here by `connect` would offer, without starting it; GPUs are left out."""
     cpus = os.cpu_count() or 1
-    return Cluster(cpus=cpus, node_cpus=cpus, gpus=0, nodes=1, version=ray.__version__)
+    return Cluster(cpus, cpus, cpus, gpus=0, free_gpus=0, nodes=1, version=ray.__version__)
 
 
 @contextmanager
@@ -140,17 +175,29 @@ def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
     if in_main_thread:  # Ray's own handler aborts the process, where Prefect's cancels the run
         signal.signal(signal.SIGTERM, on_terminate)
     try:
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        yield Cluster(
-            cpus=int(resources.get("CPU", 1)),
-            node_cpus=max(int(node["Resources"].get("CPU", 1)) for node in nodes),
-            gpus=float(resources.get("GPU", 0)),
-            nodes=len(nodes),
-            version=ray.__version__,
-        )
+        yield _look()
     finally:
         ray.shutdown()
+
+
+def _look() -> Cluster:
+    """What the connected Ray has and has free, once nothing is on its way to be free: its nodes report now and then."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        there, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
+        if all(free.get(name, 0) == there.get(name, 0) for name in ("CPU", "GPU")) or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return Cluster(
+        cpus=int(there.get("CPU", 1)),
+        free_cpus=float(free.get("CPU", 0)),
+        node_cpus=max(int(node["Resources"].get("CPU", 1)) for node in nodes),
+        gpus=float(there.get("GPU", 0)),
+        free_gpus=float(free.get("GPU", 0)),
+        nodes=len(nodes),
+        version=ray.__version__,
+    )
 
 
 def _check_there(address: str) -> None:
@@ -208,11 +255,17 @@ def run(
     lost, whole = MANIFEST_SCHEMA.empty_table(), False
     while True:
         with connect(placement.address, verbose=verbose) as cluster:
-            pool, threads = cluster.pool(placement.actors, placement.gpus_per_actor)
+            meter = _Meter(work.output)
+
+            def on_counted(rows: pa.Table, meter: _Meter = meter) -> None:
+                meter.add(rows)
+                on_rows(rows)
+
+            pool, threads = cluster.pool(placement)
             work = replace(work, threads=threads, memory_share=pool.memory_share(cluster.nodes))
-            _second_pass(lost, work, pool, on_rows, whole=whole)
+            _second_pass(lost, work, pool, on_counted, whole=whole)
             for part in parts:
-                lost = _first_pass(part, work, pool, on_rows)
+                lost = _first_pass(part, work, pool, on_counted)
                 if len(lost):
                     logger.warning(
                         "%d images were lost with their process or to an error; trying each alone", len(lost)
@@ -235,7 +288,7 @@ def _first_pass(part: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Ta
     with warnings.catch_warnings():
         # max_restarts and max_task_retries go away in Ray 2.64, which is why it is pinned below: nothing replaces them.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        stages = _stages(_blocks(part, pool.actors, work.threads), work, pool)
+        stages = _stages(_blocks(part, pool.most, work.threads), work, pool)
     seen: set[str] = set()
     batches: Iterable[pa.Table] = stages.iter_batches(batch_size=None, batch_format="pyarrow")
     for rows in batches:
@@ -300,6 +353,30 @@ def _isolated(chain: bytes) -> Isolated:
     return Isolated(chain)
 
 
+class _Meter:
+    """What came back, as metrics that Ray's agent on the driver's node exports for Prometheus (needs ray[default])."""
+
+    def __init__(self, output: str) -> None:
+        def about(kind: type[Counter | Histogram], name: str, words: str, tag: str, **settings: Any) -> Any:
+            metric = kind(f"nafnet_{name}", words, tag_keys=("output", tag), **settings)
+            metric.set_default_tags({"output": output})
+            return metric
+
+        self._images = about(Counter, "images", "Images that have their row", "status")
+        self._megapixels = about(Counter, "megapixels", "Size of the images that have their row", "status")
+        self._seconds = about(Histogram, "seconds", "Time of one image in a stage", "stage", boundaries=_STAGE_SECONDS)
+
+    def add(self, rows: pa.Table) -> None:
+        """Count rows in `REPORT_SCHEMA`."""
+        for row in rows.select(["status", "height", "width", *_STAGES]).to_pylist():
+            self._images.inc(1, {"status": row["status"]})
+            if row["height"]:
+                self._megapixels.inc(row["height"] * row["width"] / 1e6, {"status": row["status"]})
+            for column, stage in _STAGES.items():
+                if row[column] is not None:
+                    self._seconds.observe(row[column], {"stage": stage})
+
+
 class _Chain:
     """All stages one after the other in one process."""
 
@@ -333,7 +410,7 @@ def _stages(blocks: list[pa.Table], work: Work, pool: Pool) -> Dataset:
             fn_constructor_args=(work,),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=pool.actors),
+            compute=ActorPoolStrategy(min_size=pool.actors, max_size=pool.most, initial_size=pool.actors),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             max_restarts=-1,

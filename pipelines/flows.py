@@ -8,11 +8,11 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, TypeVar, cast
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,34 +21,44 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas import State
-from prefect.runtime import flow_run
+from prefect.client.schemas import FlowRun, State
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import deployment, flow_run, task_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
+from prefect.tasks import exponential_backoff
 
-from nafnet import catalog
-from nafnet import checkpoint as checkpoints
-from nafnet.checkpoint import CheckpointError
 from nafnet.conventions import Convention, ProfileName, ProtocolName
-from nafnet.recipe import Precision, Recipe, Tile
-from nafnet.restore import Restorer, settle
+from nafnet.recipe import Precision, Tile
 from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
-from pipelines import compare_html, datasets, engine, lease, manifest, report, report_html, report_sheet, retry
+from pipelines import (
+    compare_html,
+    datasets,
+    engine,
+    lease,
+    manifest,
+    remote,
+    report,
+    report_html,
+    report_sheet,
+    retry,
+)
 from pipelines.artifacts import Watch, emit, log_to_prefect, show_history, show_page, show_summary, unimportant
 from pipelines.benchmark import Cause, Published, Trial, Verdict
 from pipelines.containers import open_collection
 from pipelines.datasets import IMAGES, DataName, Found
-from pipelines.lease import Lease
+from pipelines.driver import Order
+from pipelines.lease import Lease, LeaseLost
 from pipelines.manifest import Plan
 from pipelines.parts import PartWriter, set_aside
+from pipelines.prepare import Prepared, settle_job
 from pipelines.progress import Progress
 from pipelines.records import Status
+from pipelines.remote import Owner
 from pipelines.settings import RestoreJob, StorageName
-from pipelines.stages import Work
-from pipelines.storage import Store, in_force, use
+from pipelines.storage import StorageError, Store, use
 from pipelines.storage_options import StorageOptions, load
-from pipelines.weights import locate
 
 logger = logging.getLogger(__name__)
 
@@ -57,58 +67,10 @@ DIFFERENT = "Different"  # the name of a comparison's failed state when it ran t
 INCOMPLETE = "Incomplete"  # the name of a run's failed state when it did its work but not every image was restored
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A job whose checkpoint was found and read: all that is settled before anything is listed.
-
-    `protocol` is the name of the whole convention that scores are under (`nafnet.conventions.Convention`).
-    """
-
-    job: RestoreJob
-    weights: tuple[str, ...]
-    recipe: Recipe
-    protocol: str
-
-
 def prepare(job: RestoreJob) -> Prepared:
-    """Put the storage options in force, find and check the weights, settle the recipe and the scoring convention.
-
-    Raises:
-        CheckpointError, StorageError, ValueError: the checkpoint or a parameter cannot be used.
-    """
+    """Put the storage options in force and settle the job: see `pipelines.prepare`."""
     use(load_options(job.storage))
-    paths = [locate(name) for name in job.checkpoint]
-    named = [catalog.CATALOG.get(name) for name in job.checkpoint]
-    loaded = [checkpoints.load(path) for path in paths]
-    for entry, path, found in zip(named, paths, loaded, strict=True):
-        if entry and entry.sha256 and entry.sha256 != found.sha256:
-            raise CheckpointError(f"{path} is not the published {entry.name}: its SHA-256 is {found.sha256}")
-    steps = tuple(
-        settle(found, tlc=entry.tlc if entry and job.tlc is None else job.tlc, train_size=job.train_size)
-        for entry, found in zip(named, loaded, strict=True)
-    )
-    recipe = Recipe(
-        steps=steps,
-        precision=job.precision,
-        tile=job.tile,
-        halo=job.halo,
-        strength=job.strength,
-        self_ensemble=job.self_ensemble,
-        guard=job.guard,
-        deterministic=job.deterministic,
-        output=job.format if job.format == "same" else job.format.upper(),
-        quality=job.quality,
-        subsampling=job.subsampling,
-    )
-    Restorer([found.network for found in loaded], recipe)  # refuses tiles that do not fit the networks
-    last = named[-1] or catalog.find_hash(recipe.steps[-1].weights)
-    protocol = job.protocol or (last.protocol if last else "stored")
-    weights = tuple(
-        name if "://" in name or entry else str(path)  # each node finds the first two for itself
-        for name, entry, path in zip(job.checkpoint, named, paths, strict=True)
-    )
-    convention = Convention(protocol, job.metrics, job.crop_border, job.y_channel)
-    return Prepared(job, weights, recipe, convention.name)
+    return settle_job(job)
 
 
 def load_options(name: str | None) -> StorageOptions:
@@ -162,7 +124,14 @@ def _described(function: _F) -> _F:
     return function
 
 
-@flow(name="restore", log_prints=False)
+def stop_job(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001 - what a hook is called with
+    """Stop what a run has on a cluster when its own process cannot: a hook, which the worker calls."""
+    address = str(flow_run.parameters.get("ray_address", ""))
+    if remote.is_remote(address):
+        remote.stop(address, str(flow_run.id))
+
+
+@flow(name="restore", log_prints=False, on_cancellation=[stop_job], on_crashed=[stop_job])
 @_described
 def restore(
     source: str,
@@ -187,8 +156,11 @@ def restore(
     quality: int | None = None,
     subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] | None = None,
     actors: int | None = None,
+    max_actors: int | None = None,
     gpus_per_actor: float = 0,
     ray_address: str = "local",
+    ray_wheel: str | None = None,
+    time_limit: float | None = None,
     include: tuple[str, ...] = IMAGES,
     exclude: tuple[str, ...] = (),
     limit: int | None = None,
@@ -211,7 +183,8 @@ def restore(
     with lease.hold(Store(job.output), f"flow run {flow_run.name}") as held:
         plan = plan_images(prepared)
         emit("started", matched=plan.matched, to_restore=plan.to_restore, output=job.output)
-        cluster = restore_images(prepared, plan, held)
+        seconds = None if job.time_limit is None else job.time_limit * 3600
+        cluster = restore_images.with_options(timeout_seconds=seconds)(prepared, plan, held)
         held.check()
         run = _describe_run(prepared, plan, cluster, started)
         summary = report_images(prepared, plan, run, time.monotonic() - clock)
@@ -252,45 +225,84 @@ def plan_images(prepared: Prepared) -> Plan:
     return plan
 
 
-@task(name="restore", cache_policy=NO_CACHE)
+def _passing(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether a deployment's run tries again: for what may be gone by then. A person at a terminal sees it at once."""
+    error = state.result(raise_on_failure=False)
+    passing = isinstance(error, (*engine.PASSING, StorageError)) and not isinstance(error, LeaseLost)
+    return bool(deployment.id) and passing
+
+
+@task(
+    name="restore",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=exponential_backoff(10),
+    retry_jitter_factor=0.2,
+    retry_condition_fn=_passing,
+)
 def restore_images(prepared: Prepared, plan: Plan, held: Lease) -> dict[str, Any]:
-    """Restore what the plan holds and write report parts as rows come in. Says what cluster did it."""
+    """Restore what the plan holds and write report parts as rows come in. Says what cluster did it.
+
+    Another attempt of the same run does what is left.
+    """
+    output = Store(prepared.job.output)
+    if task_run.run_count > 1:
+        plan = manifest.remaining(plan, output)
     if not plan.to_restore:
         logger.info("nothing to do: every image is finished under recipe %s", plan.recipe)
         return {}
-    verbose = logger.isEnabledFor(logging.DEBUG)
-    work, placement = work_of(prepared, plan), placement_of(prepared.job)
-    with PartWriter(Store(work.output)) as parts, Progress(plan.to_restore) as progress:
+    with Progress(plan.to_restore) as progress:
         watch = Watch(progress)
 
         def on_rows(rows: pa.Table) -> None:
             held.check()
-            parts.add(rows)
             progress.add(Counter(rows["status"].to_pylist()))
             watch.add(rows)
 
-        return engine.run(plan.tables(), work, placement, on_rows, verbose=verbose)
+        return _follow(prepared, plan, held, on_rows)
 
 
-def work_of(prepared: Prepared, plan: Plan) -> Work:
-    """What every stage of a planned job needs to know."""
-    job = prepared.job
-    return Work(
+def _follow(prepared: Prepared, plan: Plan, held: Lease, on_rows: Callable[[pa.Table], None]) -> dict[str, Any]:
+    """Restore a plan where its job says, and have the rows in the output before `on_rows` gets them."""
+    job, output = prepared.job, Store(prepared.job.output)
+    if not remote.is_remote(job.ray_address):
+        verbose = logger.isEnabledFor(logging.DEBUG)
+        work = prepared.work(plan.source, plan.reference)
+        with PartWriter(output) as parts:
+
+            def keep(rows: pa.Table) -> None:
+                held.check()
+                parts.add(rows)
+                on_rows(rows)
+
+            return engine.run(plan.tables(), work, prepared.placement, keep, verbose=verbose)
+    order = Order(
+        job={**job.model_dump(mode="json"), "checkpoint": prepared.weights},  # paths as they are here
+        version=version("nafnet-pipelines"),
+        recipe=plan.recipe,
         source=plan.source,
         reference=plan.reference,
-        output=job.output,
-        weights=prepared.weights,
-        recipe=prepared.recipe,
-        protocol=prepared.protocol,
-        device="cuda" if job.gpus_per_actor else "cpu",
-        max_pixels=int(job.max_megapixels * 1e6),
-        storage=in_force(),
+        place=plan.place.url(),
+        parts=plan.parts,
+        lease=held.id,
+    )
+    owner = Owner(flow_run=str(flow_run.id), api=get_current_settings().api.url or "")
+    return remote.run(
+        job.ray_address, order, owner, on_rows, storage=job.storage, wheel=job.ray_wheel, is_over=_is_over
     )
 
 
-def placement_of(job: RestoreJob) -> engine.Placement:
-    """Where a job runs."""
-    return engine.Placement(job.ray_address, job.actors, job.gpus_per_actor)
+def _is_over(owner: Owner) -> bool:
+    """Whether a flow run of this server has ended, or is gone; one that another server knows is left alone."""
+    url = get_current_settings().api.url
+    if url is None or owner.api != url:
+        return False
+    with get_client(sync_client=True) as client:
+        try:
+            state = client.read_flow_run(UUID(owner.flow_run)).state
+        except ObjectNotFound:
+            return True
+    return state is not None and state.is_final()
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -436,14 +448,15 @@ def _tried(prepared: Prepared, keys: Sequence[str], rows: pa.Table, found: Found
 
 def _moved(job: RestoreJob, trial: Trial, places: Sequence[int], before: Sequence[float]) -> float | None:
     """By how much (dB) another setting moves the mean PSNR of the images at these places; None if it cannot be told."""
-    other = job.model_copy(update={**trial.changes, "output": Store(job.output).url(f"why/{trial.name}")})
+    place = Store(job.output).url(f"why/{trial.name}")
+    other = job.model_copy(update={**trial.changes, "output": place, "fresh": True})
     prepared = prepare(other)
     made: list[pa.Table] = []
-    with TemporaryDirectory() as folder:
-        plan = manifest.plan(other, prepared.recipe.hash, prepared.protocol, place=Store(folder))
+    with lease.hold(Store(other.output), f"flow run {flow_run.name}") as held:
+        plan = manifest.plan(other, prepared.recipe.hash, prepared.protocol)
         keys = plan.keys.take(pa.array([at for at in places if at < len(plan.keys)], pa.int64()))
-        parts = (pairs.filter(pc.is_in(pairs["key"], value_set=keys)) for pairs in plan.tables())
-        engine.run(parts, work_of(prepared, plan), placement_of(other), made.append)
+        some = plan.narrowed(lambda there: pc.is_in(there, value_set=keys))
+        _follow(prepared, some, held, made.append)
     scores = {row["key"]: row["psnr"] for rows in made for row in rows.to_pylist()}
     after = [scores.get(key) for key in keys.to_pylist()]
     both = [

@@ -7,6 +7,7 @@ at once that the process is gone.
 import getpass
 import json
 import logging
+import math
 import os
 import platform
 import threading
@@ -91,6 +92,11 @@ class Lease:
         self._ends = threading.Event()
         self._lock = threading.Lock()
 
+    @property
+    def id(self) -> str:
+        """What tells this lease from any other."""
+        return self._mine.id
+
     def check(self) -> None:
         """Return if the output is still this run's. To be called before anything is written.
 
@@ -126,6 +132,28 @@ class Lease:
                 self._output.delete(KEY)
         except Exception as error:  # noqa: BLE001 - it runs out by itself; what ended the run matters more
             logger.warning("could not give back the lease on %s: %s", self._output.url(), error)
+
+
+class Follower:
+    """Another process that works for the holder of a lease, and stops when that has lost it or given it back."""
+
+    def __init__(self, output: Store, id_: str) -> None:
+        self._output, self._id = output, id_
+        self._seen = -math.inf
+
+    def check(self) -> None:
+        """Return if the lease was there when it was last looked for, a few seconds ago at most.
+
+        Raises:
+            LeaseLost: it has ended, or its holder has not renewed it for long.
+        """
+        if time.monotonic() - self._seen < _RENEW_SECONDS:
+            return
+        there = read(self._output)
+        overdue = there is not None and there.expires_at + timedelta(seconds=_SECONDS) < datetime.now(UTC)
+        if there is None or there.id != self._id or overdue:
+            raise LeaseLost(f"the run that this works for holds {self._output.url()} no longer: it is over")
+        self._seen = time.monotonic()
 
 
 @contextmanager

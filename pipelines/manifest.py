@@ -6,10 +6,10 @@ written a part at a time.
 
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from pipelines.datasets import matches, partner_places
 from pipelines.listing import LISTED, ROWS, is_listing, listed, read_listing, tables
 from pipelines.parts import PartWriter, read_parquet, write_parquet
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, WRITTEN, Status
-from pipelines.report import read_parts
+from pipelines.report import part_names, read_parts
 from pipelines.settings import RestoreJob
 from pipelines.storage import StorageError, Store
 
@@ -41,6 +41,7 @@ class Plan:
         recipe: hash of the recipe that the pairs are to be restored under.
         source, reference: the collections that the pairs' keys and references lie in.
         place, parts: where the manifest's parts are.
+        earlier: the report's parts that were there before.
     """
 
     keys: pa.ChunkedArray
@@ -52,6 +53,7 @@ class Plan:
     reference: str | None
     place: Store
     parts: tuple[str, ...]
+    earlier: frozenset[str] = frozenset()
 
     @property
     def matched(self) -> int:
@@ -62,6 +64,17 @@ class Plan:
         """What is to be restored (`MANIFEST_SCHEMA`), in the order of `keys`, read back part by part."""
         for part in self.parts:
             yield read_parquet(self.place, part)
+
+    def narrowed(self, keep: Callable[[pa.Array], pa.Array]) -> Self:
+        """A plan of those of its pairs whose keys are kept (keys in, truth values out), in parts of their own."""
+        run, parts, count = uuid.uuid4().hex[:12], list[str](), 0
+        for table in self.tables():
+            pairs = table.filter(keep(table["key"]))
+            if len(pairs):
+                parts.append(f"manifest/{run}-{len(parts):05d}.parquet")
+                write_parquet(self.place, parts[-1], pairs)
+                count += len(pairs)
+        return replace(self, to_restore=count, parts=tuple(parts))
 
 
 def plan(job: RestoreJob, recipe: str, protocol: str, *, place: Store | None = None) -> Plan:
@@ -80,6 +93,7 @@ def plan(job: RestoreJob, recipe: str, protocol: str, *, place: Store | None = N
     place = place or output
     inputs = _open(job)
     keys = inputs.rows["key"]
+    earlier = frozenset(part_names(output))
     finished, written = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
     if not job.fresh:
         finished, written = _finished(output, inputs, recipe, protocol, restored_only=job.retry_failed)
@@ -108,12 +122,21 @@ def plan(job: RestoreJob, recipe: str, protocol: str, *, place: Store | None = N
         reference=inputs.reference.url() if inputs.reference else None,
         place=place,
         parts=tuple(parts),
+        earlier=earlier,
     )
 
 
 def selected(job: RestoreJob) -> pa.ChunkedArray:
     """The keys of all inputs that the job selects, as `Plan.keys` has them."""
     return _open(job).rows["key"]
+
+
+def remaining(plan: Plan, output: Store) -> Plan:
+    """What is left of a plan that was begun: the pairs for which there is no row yet in the report."""
+    fresh = [name for name in part_names(output) if name not in plan.earlier]
+    rows = [part["key"].combine_chunks() for part in read_parts(output, ("key",), names=fresh, recipe=plan.recipe)]
+    there = pa.chunked_array(rows, pa.string())
+    return plan.narrowed(lambda keys: pc.invert(pc.is_in(keys, value_set=there)))
 
 
 def left_behind(plan: Plan, images: pa.ChunkedArray) -> int:

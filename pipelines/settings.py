@@ -91,14 +91,35 @@ class RestoreJob(BaseModel):
         int | None,
         Field(
             ge=1,
-            description="Processes that hold the network; unset: as many as the GPUs hold, or one for four CPUs",
+            description="Processes that hold the network; unset: as many as free GPUs hold, or one for four free CPUs",
+        ),
+    ] = None
+    max_actors: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Grow to so many processes as CPUs or GPUs become free and nodes join; unset: do not grow",
         ),
     ] = None
     gpus_per_actor: Annotated[float, Field(ge=0, description="GPUs each actor reserves; 0 restores on the CPU")] = 0
     ray_address: Annotated[
         str,
-        Field(min_length=1, description="'local' starts Ray for this run; 'auto' or host:port joins a cluster"),
+        Field(
+            min_length=1,
+            description="'local' starts Ray for this run; 'auto' or host:port joins a cluster; http://host:8265 "
+            "submits the work to one as a job",
+        ),
     ] = "local"
+    ray_wheel: Annotated[
+        str | None,
+        Field(
+            pattern=r"\.whl$",
+            description="With http://: a wheel of this package to run there; unset: what the cluster has installed",
+        ),
+    ] = None
+    time_limit: Annotated[
+        float | None, Field(gt=0, description="Hours after which the run stops; the same run again goes on")
+    ] = None
     include: Annotated[tuple[str, ...], Field(min_length=1, description="Globs of the keys to restore")] = IMAGES
     exclude: Annotated[tuple[str, ...], Field(description="Globs of the keys to leave out")] = ()
     limit: Annotated[int | None, Field(ge=1, description="Only the first so many keys, in order of their names")] = None
@@ -136,7 +157,7 @@ class RestoreJob(BaseModel):
             cls._no_secrets(one)
         return value
 
-    @field_validator("source", "output", "reference")
+    @field_validator("source", "output", "reference", "ray_address", "ray_wheel")
     @classmethod
     def _no_secrets(cls, value: str | None) -> str | None:
         user, at, _ = (value or "").partition("://")[2].partition("/")[0].rpartition("@")
@@ -177,6 +198,13 @@ class RestoreJob(BaseModel):
             problems.append("reference and source are the same place: say with pair how references are named there")
         if self.deterministic and self.tile == "auto":
             problems.append("deterministic needs a tile of so many px or 'whole': auto goes by the memory at hand")
+        remote = self.ray_address.startswith(("http://", "https://"))
+        if self.max_actors is not None and self.max_actors < (self.actors or 1):
+            problems.append(f"max_actors {self.max_actors} is less than actors {self.actors}")
+        if self.ray_wheel is not None and not remote:
+            problems.append(f"ray_wheel goes with a job that is submitted (http://...), not with {self.ray_address}")
+        if remote and self.storage is not None and self.storage.startswith("block:"):
+            problems.append(f"storage {self.storage} is known to Prefect, not to a cluster: name env: or file: there")
         if self.format != "same":
             try:
                 check_output(self.format.upper(), self.quality, self.subsampling)

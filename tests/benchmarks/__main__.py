@@ -18,7 +18,7 @@ from nafnet.images import decode
 from nafnet.metrics import psnr
 from nafnet.restore import Restorer
 from pipelines.demo import make_photos, photographs
-from tests.benchmarks import cuda, networks, pictures, plan, scale, throughput
+from tests.benchmarks import cuda, networks, nodes, pictures, plan, scale, throughput
 from tests.benchmarks.timing import HEADER, Row
 
 Part = tuple[list[Row], list[str]]  # of the table, and lines below it
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="times each figure is taken")
     parser.add_argument("--images", type=int, default=1111, help="pairs that throughput is measured on")
     parser.add_argument("--plot", type=Path, default=Path("bench-memory.png"), help="where to save memory over a run")
+    parser.add_argument("--nodes-plot", type=Path, default=Path("bench-nodes.png"), help="where to save the growth")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where to save the table")
     options = parser.parse_args()
     if unknown := set(options.parts) - PARTS.keys():
@@ -65,6 +66,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "plan": lambda _: ([], plan.lines()),
     "throughput": lambda options: (throughput.rows(options.images), []),
     "scale": lambda options: scale.rows(options.plot),
+    "nodes": lambda options: nodes.rows(options.nodes_plot),
 }
 
 

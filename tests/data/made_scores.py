@@ -36,7 +36,7 @@ def scores(data: DataName, folder: Path) -> dict[str, dict[str, float]]:
     )
     prepared = flows.prepare(job)
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
-    work = flows.work_of(prepared, plan)
+    work = prepared.work(plan.source, plan.reference)
     actor = stages.RestoreActor(work)
     tables = [stages.finish(actor(table), work) for pairs in plan.tables() for table in stages.fetch(pairs, work)]
     rows = [row for table in tables for row in table.to_pylist()]

@@ -1,10 +1,14 @@
-"""A data team's whole console on one machine: server, worker, two Ray nodes, bucket; a deployment runs, is cancelled
-in the middle, and goes on."""
+"""A data team's whole console on one machine: server, worker, two Ray nodes, bucket. Runs are cancelled, killed, timed
+out, submitted elsewhere; each time the cluster is looked at, and the same run again comes to the same."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,12 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra import console as consoles
-from infra.console import BIN, Console
+from infra.console import BIN, ROOT, Console
 from pipelines.report import read_rows
 from pipelines.storage import Store
 from tests.pipelines.conftest import free_port
 
-IDLE_SECONDS = 30  # after a cancelled run, within which its cluster must be free again
+IDLE_SECONDS = 30  # after a run was stopped, within which its cluster must be free again
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,16 @@ def client(console: Console) -> Iterator[SyncPrefectClient]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """This package as it is built."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    [built] = folder.iterdir()
+    return str(built)
+
+
 def until(ready: Callable[[], bool], seconds: float) -> None:
     """Wait until `ready`. Raises TimeoutError."""
     began = time.monotonic()
@@ -73,6 +87,22 @@ def cluster(console: Console) -> dict[str, Any]:
     return json.loads(console.run(sys.executable, "-c", _LOOK).splitlines()[-1])
 
 
+def idle(console: Console) -> None:
+    """Wait until nobody has anything of the cluster."""
+    until(lambda: (there := cluster(console))["free"] == there["cpus"], IDLE_SECONDS)
+
+
+def jobs_address(console: Console) -> str:
+    return f"http://127.0.0.1:{console.ports['dashboard']}"
+
+
+def jobs(console: Console) -> dict[str, str]:
+    """The status of each job that was submitted, by its id."""
+    with urllib.request.urlopen(f"{jobs_address(console)}/api/jobs/") as answer:
+        there = json.loads(answer.read())
+    return {job["submission_id"]: job["status"] for job in there if job["submission_id"]}
+
+
 def start(console: Console, name: str, **parameters: Any) -> UUID:
     given = [word for key, value in parameters.items() for word in ("--param", f"{key}={json.dumps(value)}")]
     said = console.run(BIN / "prefect", "deployment", "run", name, *given)
@@ -85,45 +115,232 @@ def ended(client: SyncPrefectClient, run: UUID, seconds: float = 150) -> FlowRun
     return client.read_flow_run(run)
 
 
-def rows(disk: Path) -> list[dict[str, Any]]:
+def complete(client: SyncPrefectClient, run: UUID) -> FlowRun:
+    found = ended(client, run)
+    assert found.state is not None
+    assert found.state.is_completed(), found.state.message
+    return found
+
+
+def rows(console: Console, output: str) -> list[dict[str, Any]]:
     """What two reports of the same work have in common."""
-    return read_rows(
-        Store(str(disk)), ("key", "status", "psnr", "psnr_input", "ssim_3d", "digest", "recipe")
-    ).to_pylist()
+    store = Store(str(console.home / "s3" / consoles.BUCKET / "restored" / output))
+    return read_rows(store, ("key", "status", "psnr", "psnr_input", "ssim_3d", "digest", "recipe")).to_pylist()
 
 
-def test_a_deployment_runs_is_cancelled_and_goes_on(console: Console, client: SyncPrefectClient) -> None:
-    bucket = console.home / "s3" / consoles.BUCKET
-    # It runs to its end, with what a person sees of it.
-    first = ended(client, start(console, "restore/gopro", checkpoint="demo"))
-    assert first.state is not None
-    assert first.state.is_completed(), first.state.message
-    whole = rows(bucket / "restored" / "gopro")
-    assert [row["status"] for row in whole] == ["restored"] * 8
-    found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[first.id])))
+def begun(console: Console, output: str) -> None:
+    """Wait until a run is in the middle: it has written images, and not all."""
+    images = console.home / "s3" / consoles.BUCKET / "restored" / output / "images"
+    until(lambda: len([*images.rglob("*.png")]) >= 2, 120)
+
+
+def logs(client: SyncPrefectClient, run: UUID) -> list[str]:
+    found = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])), limit=200)
+    return [one.message for one in found]
+
+
+@pytest.fixture(scope="module")
+def whole(console: Console) -> tuple[FlowRun, list[dict[str, Any]]]:
+    """A run of restore/gopro to its end, and its rows."""
+    url = console.environment["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        run = complete(client, start(console, "restore/gopro", checkpoint="demo"))
+    return run, rows(console, "gopro")
+
+
+Whole = tuple[FlowRun, list[dict[str, Any]]]
+
+
+def test_a_deployment_runs_and_shows_what_it_did(console: Console, client: SyncPrefectClient, whole: Whole) -> None:
+    run, made = whole
+    assert [row["status"] for row in made] == ["restored"] * 8
+    found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])))
     assert {"progress", "summary", "counts", "sheet", "report", "history-gopro"} <= {one.key for one in found}
-    lines = [one.message for one in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[first.id])))]
+    lines = logs(client, run.id)
     assert any(line.startswith("8 images match") for line in lines)
     assert any(line.startswith("block {") for line in lines)
-    # A bad parameter is refused before there is a run.
+    # Nothing that a person or a server keeps holds the keys of the storage.
+    secret, key = (console.environment[name] for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"))
+    output = console.home / "s3" / consoles.BUCKET / "restored" / "gopro"
+    kept = [file.read_bytes() for file in output.rglob("*") if file.is_file()]
+    kept += [file.read_bytes() for file in console.home.glob("*.log")]
+    kept += ["\n".join(lines).encode(), json.dumps(run.parameters).encode(), *(str(one.data).encode() for one in found)]
+    assert not [one for one in kept if secret.encode() in one or key.encode() in one]
+
+
+def test_a_bad_parameter_is_refused_before_there_is_a_run(console: Console) -> None:
     with pytest.raises(RuntimeError, match="2 is greater than the maximum of 1"):
         start(console, "restore/gopro", strength=2)
-    # Cancelled in the middle: the cluster is free again.
+
+
+def test_a_cancelled_run_frees_the_cluster_and_goes_on(
+    console: Console, client: SyncPrefectClient, whole: Whole
+) -> None:
     again = {"checkpoint": "demo", "output": "s3://nafnet/restored/again"}
-    second = start(console, "restore/gopro", **again)
-    images = bucket / "restored" / "again" / "images"
-    until(lambda: len([*images.rglob("*.png")]) >= 2, 120)
-    console.run(BIN / "prefect", "flow-run", "cancel", second)
-    until(lambda: (there := cluster(console))["free"] == there["cpus"], IDLE_SECONDS)
-    state = ended(client, second, 60).state
+    run = start(console, "restore/gopro", **again)
+    begun(console, "again")
+    console.run(BIN / "prefect", "flow-run", "cancel", run)
+    idle(console)
+    state = ended(client, run, 60).state
     assert state is not None
     assert state.is_cancelled()
-    assert len([*images.rglob("*.png")]) < 8
-    # The same run again goes on, and comes to the same.
-    third = ended(client, start(console, "restore/gopro", **again))
-    assert third.state is not None
-    assert third.state.is_completed(), third.state.message
-    assert rows(bucket / "restored" / "again") == whole
+    assert len(rows(console, "again")) < 8
+    complete(client, start(console, "restore/gopro", **again))
+    assert rows(console, "again") == whole[1]
+
+
+def test_a_run_ends_at_its_time_limit(console: Console, client: SyncPrefectClient, whole: Whole) -> None:
+    late = {"checkpoint": "demo", "output": "s3://nafnet/restored/late"}
+    run = start(console, "restore/gopro", **late, time_limit=5 / 3600)
+    state = ended(client, run).state
+    assert state is not None
+    assert state.is_failed()
+    assert "timed out" in str(state.message)
+    idle(console)
+    assert len(rows(console, "late")) < 8
+    complete(client, start(console, "restore/gopro", **late))
+    assert rows(console, "late") == whole[1]
+
+
+def test_a_cluster_elsewhere_takes_the_work_as_a_job(
+    console: Console, client: SyncPrefectClient, whole: Whole, wheel: str
+) -> None:
+    run = start(
+        console, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/elsewhere",
+        ray_address=jobs_address(console), ray_wheel=wheel,
+    )  # fmt: skip
+    complete(client, run)
+    assert rows(console, "elsewhere") == whole[1]
+    assert jobs(console)[f"restore-{run}"] == "SUCCEEDED"
+    with urllib.request.urlopen(f"{jobs_address(console)}/api/jobs/restore-{run}/logs") as answer:
+        log = json.loads(answer.read())["logs"]
+    assert "py_modules_files" in log.splitlines()[0]  # where Ray keeps what comes with a job: it ran the wheel
+    assert any(line.startswith("block {") for line in logs(client, run))
+    idle(console)
+
+
+def test_a_job_whose_run_was_cancelled_is_stopped(console: Console, client: SyncPrefectClient) -> None:
+    run = start(
+        console, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/stopped",
+        ray_address=jobs_address(console),
+    )  # fmt: skip
+    begun(console, "stopped")
+    console.run(BIN / "prefect", "flow-run", "cancel", run)
+    until(lambda: jobs(console)[f"restore-{run}"] == "STOPPED", IDLE_SECONDS)
+    idle(console)
+    state = ended(client, run, 60).state
+    assert state is not None
+    assert state.is_cancelled()
+
+
+def test_a_job_that_a_dead_run_left_is_stopped_by_the_next(
+    console: Console, client: SyncPrefectClient, whole: Whole
+) -> None:
+    left = {"checkpoint": "demo", "output": "s3://nafnet/restored/left", "ray_address": jobs_address(console)}
+    dead = start(console, "restore/gopro", **left)
+    until(lambda: jobs(console).get(f"restore-{dead}") == "RUNNING", 120)
+    for pid in [console.pids["worker"][0], *processes_of(dead)]:  # nobody is left who could stop it
+        os.kill(pid, signal.SIGKILL)
+    assert jobs(console)[f"restore-{dead}"] == "RUNNING"
+    client.set_flow_run_state(dead, failed(), force=True)  # its deployment takes one run at a time
+    consoles.worker(console)
+    complete(client, start(console, "restore/gopro", **left))
+    assert jobs(console)[f"restore-{dead}"] == "STOPPED"
+    assert rows(console, "left") == whole[1]
+    idle(console)
+
+
+def failed() -> Any:
+    from prefect.states import Crashed
+
+    return Crashed(message="its worker is gone")
+
+
+def processes_of(run: UUID) -> list[int]:
+    """The processes that execute a flow run."""
+    mark = f"PREFECT__FLOW_RUN_ID={run}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+    return found
+
+
+def test_two_deployments_share_the_cluster(console: Console, client: SyncPrefectClient) -> None:
+    """One model beside another: neither waits for the other to end."""
+    runs = [
+        start(console, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/one"),
+        start(console, "restore/folder", output="s3://nafnet/restored/two"),
+    ]
+    for run in runs:
+        complete(client, run)
+    times = []
+    for output in ("one", "two"):
+        store = Store(str(console.home / "s3" / consoles.BUCKET / "restored" / output))
+        done = read_rows(store, ("key", "finished_at"))["finished_at"].to_pylist()
+        times.append((min(done), max(done)))
+    (first, first_end), (second, second_end) = times
+    assert first < second_end
+    assert second < first_end
+
+
+def test_the_commands_of_the_pages_work(console: Console, whole: Whole) -> None:
+    pages = [(ROOT / "README.md", "shell"), (ROOT / "infra" / "README.md", "console")]
+    commands = []
+    for page, language in pages:
+        [block] = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+        commands += re.findall(r"^\$ (.+)\n((?:[^$].*\n|\n)*)", block, re.M)
+    assert len(commands) >= 5
+    environment = {**os.environ, **console.environment, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    for command, shown in commands:
+        done = subprocess.run(
+            command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert all(line in done.stdout for line in shown.splitlines() if line != "..."), done.stdout
+
+
+def test_a_deployment_that_degrades_is_paused_by_the_page_s_automation(
+    console: Console, client: SyncPrefectClient, whole: Whole
+) -> None:
+    weaker = start(
+        console, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/weaker", strength=0.2, limit=3
+    )
+    complete(client, weaker)
+    until(lambda: client.read_deployment_by_name("restore/gopro").paused, 30)
+    client.resume_deployment(client.read_deployment_by_name("restore/gopro").id)
+    assert {"restore.started", "restore.progress", "restore.completed", "restore.degraded"} <= events(console)
+
+
+def events(console: Console) -> set[str]:
+    """The names of the latest events that the server knows."""
+    body = json.dumps({"limit": 50, "filter": {"event": {"prefix": ["restore."]}}}).encode()
+    request = urllib.request.Request(
+        f"{console.environment['PREFECT_API_URL']}/events/filter", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return {event["event"] for event in json.loads(answer.read())["events"]}
+
+
+def test_a_worker_that_is_terminated_leaves_nothing_running(
+    console: Console, client: SyncPrefectClient, whole: Whole
+) -> None:
+    ending = {"checkpoint": "demo", "output": "s3://nafnet/restored/ending"}
+    run = start(console, "restore/gopro", **ending)
+    begun(console, "ending")
+    os.kill(console.pids["worker"][0], signal.SIGTERM)
+    idle(console)
+    until(lambda: not console.running("worker"), IDLE_SECONDS)
+    assert not processes_of(run)
+    assert len(rows(console, "ending")) < 8
+    consoles.worker(console)
+    ended(client, run, 60)
+    complete(client, start(console, "restore/gopro", **ending))
+    assert rows(console, "ending") == whole[1]
 
 
 def test_what_stops_is_gone(console: Console) -> None:

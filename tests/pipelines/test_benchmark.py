@@ -140,7 +140,7 @@ def test_each_format_meets_the_reference_arithmetic(tmp_path: Path, weights: Pat
     prepared = flows.prepare(job)
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
     made_rows: list[pa.Table] = []
-    engine.run(plan.tables(), flows.work_of(prepared, plan), flows.placement_of(job), made_rows.append)
+    engine.run(plan.tables(), prepared.work(plan.source, plan.reference), prepared.placement, made_rows.append)
     rows = pa.concat_tables(made_rows)
     summary = report.summarize(rows, recipe=prepared.recipe)
     verdict = benchmark.judge(rows, summary, prepared.recipe, goal, data=found.data, checkpoint="net")

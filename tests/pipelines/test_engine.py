@@ -2,16 +2,20 @@
 
 import hashlib
 import os
+import re
 import signal
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster as RayCluster
 
@@ -23,6 +27,7 @@ from pipelines.manifest import plan
 from pipelines.settings import RestoreJob
 from pipelines.stages import RestoreActor, Row, Work, fetch, finish
 from pipelines.storage import Store
+from tests.pipelines.conftest import free_port
 
 
 class PoisonedActor(RestoreActor):
@@ -141,43 +146,160 @@ def test_blocks_are_balanced_by_bytes_and_the_largest_image_comes_first() -> Non
     assert [len(block) for block in few] == [2] * 5  # something for every actor, and for each of its threads
 
 
+def of(cpus: int, gpus: float = 0, *, free: float | None = None, free_gpus: float | None = None) -> Cluster:
+    """A cluster of one node, all of it free unless said otherwise."""
+    return Cluster(
+        cpus,
+        cpus if free is None else free,
+        cpus,
+        gpus,
+        gpus if free_gpus is None else free_gpus,
+        nodes=1,
+        version="",
+    )
+
+
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "actors", "gpus_per_actor", "expected"),
+    ("cluster", "wish", "expected"),
     [
-        (1, 0, None, 0, (Pool(1, 0.1, 0), 1)),
-        (2, 0, None, 0, (Pool(1, 1, 0), 2)),
-        (2, 0, 2, 0, (Pool(2, 0.5, 0), 1)),
-        (16, 0, None, 0, (Pool(4, 3, 0), 4)),
-        (16, 0, 2, 0, (Pool(2, 7, 0), 8)),
-        (8, 4, None, 0.5, (Pool(8, 0.8, 0.5), 1)),
-        (8, 4, None, 0.6, (Pool(4, 1, 0.6), 1)),
-        (8, 4, 2, 1, (Pool(2, 1, 1), 1)),
+        (of(1), Placement(), (Pool(1, 1, 0.1, 0), 1)),
+        (of(2), Placement(), (Pool(1, 1, 1, 0), 2)),
+        (of(2), Placement(actors=2), (Pool(2, 2, 0.5, 0), 1)),
+        (of(16), Placement(), (Pool(4, 4, 3, 0), 4)),
+        (of(16), Placement(actors=2), (Pool(2, 2, 7, 0), 8)),
+        (of(8, 4), Placement(gpus_per_actor=0.5), (Pool(8, 8, 0.8, 0.5), 1)),
+        (of(8, 4), Placement(gpus_per_actor=0.6), (Pool(4, 4, 1, 0.6), 1)),
+        (of(8, 4), Placement(actors=2, gpus_per_actor=1), (Pool(2, 2, 1, 1), 1)),
+        # Growing with the cluster.
+        (of(8, 1), Placement(max_actors=4, gpus_per_actor=1), (Pool(1, 4, 1, 1), 1)),
+        (of(8, 4), Placement(actors=1, max_actors=8, gpus_per_actor=0.5), (Pool(1, 8, 1, 0.5), 1)),
+        (of(16), Placement(actors=1, max_actors=3), (Pool(1, 3, 15, 0), 16)),
+        (of(16), Placement(max_actors=2), (Pool(2, 2, 7, 0), 4)),
+        # Beside another job: what is free, and something of it where nothing is.
+        (of(16, free=9.5), Placement(), (Pool(2, 2, 4, 0), 4)),
+        (of(4, free=1), Placement(), (Pool(1, 1, 0.1, 0), 1)),
+        (of(4, free=0), Placement(actors=1), (Pool(1, 1, 0.1, 0), 1)),
+        (of(16, 4, free=8, free_gpus=2), Placement(gpus_per_actor=1), (Pool(2, 2, 1, 1), 1)),
+        (of(16, 4, free=8, free_gpus=0), Placement(gpus_per_actor=1), (Pool(1, 1, 1, 1), 1)),
     ],
 )
-def test_the_pool_fits_the_cluster(
-    cpus: int, gpus: float, actors: int | None, gpus_per_actor: float, expected: tuple[Pool, int]
-) -> None:
-    assert Cluster(cpus, cpus, gpus, 1, "").pool(actors, gpus_per_actor) == expected
+def test_the_pool_fits_the_cluster(cluster: Cluster, wish: Placement, expected: tuple[Pool, int]) -> None:
+    assert cluster.pool(wish) == expected
 
 
 def test_a_pool_that_would_wait_for_ever_is_refused() -> None:
     with pytest.raises(ValueError, match="the cluster has 0 GPUs"):
-        Cluster(4, 4, 0, 1, "").pool(None, 1)
+        of(4).pool(Placement(gpus_per_actor=1))
     with pytest.raises(ValueError, match="the cluster has 4 CPUs"):
-        Cluster(4, 4, 0, 1, "").pool(5, 0)
+        of(4).pool(Placement(actors=5))
 
 
 def test_an_actor_fits_on_one_node() -> None:
-    pool, threads = Cluster(cpus=16, node_cpus=8, gpus=0, nodes=2, version="").pool(1, 0)
+    cluster = Cluster(cpus=16, free_cpus=16, node_cpus=8, gpus=0, free_gpus=0, nodes=2, version="")
+    pool, threads = cluster.pool(Placement(actors=1))
     assert (pool.cpus, threads) == (7, 8)
 
 
 def test_actors_share_the_memory_of_their_node() -> None:
-    assert this_machine().pool(1, 0)[0].memory_share() == 1
-    assert Pool(3, 1, 0).memory_share() == pytest.approx(1 / 3)
-    assert Pool(3, 1, 0).memory_share(nodes=2) == 0.5
-    assert Pool(8, 1, 0.5).memory_share(nodes=4) == 0.5  # of its GPU's
-    assert Pool(2, 1, 2).memory_share() == 1
+    assert this_machine().pool(Placement(actors=1))[0].memory_share() == 1
+    assert Pool(3, 3, 1, 0).memory_share() == pytest.approx(1 / 3)
+    assert Pool(3, 3, 1, 0).memory_share(nodes=2) == 0.5
+    assert Pool(1, 3, 1, 0).memory_share() == pytest.approx(1 / 3)  # it may grow
+    assert Pool(8, 8, 1, 0.5).memory_share(nodes=4) == 0.5  # of its GPU's
+    assert Pool(2, 2, 1, 2).memory_share() == 1
+
+
+class SlowActor(RestoreActor):
+    """Takes a while for each image, and says on which node."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        time.sleep(0.5 * len(batch))
+        self.worker = ray.get_runtime_context().get_node_id()
+        return super().__call__(batch)
+
+
+def test_a_pool_grows_with_the_cluster_and_outlives_a_node_that_leaves(
+    tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    names = [f"{i:03d}.png" for i in range(60)]
+    for name in names:
+        (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
+    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    recipe = Restorer.load(checkpoint_file).recipe
+    work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
+    monkeypatch.setattr(engine, "RestoreActor", SlowActor)
+    monkeypatch.setattr(engine, "_BLOCK_ROWS", 1)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    got: list[pa.Table] = []
+    joined: list[Any] = []
+    left: list[str] = []
+
+    def on_rows(rows: pa.Table) -> None:
+        got.append(rows)
+        if not joined:
+            joined.append(cluster.add_node(num_cpus=1))
+        elif not left and joined[0].node_id in rows["worker"].to_pylist():
+            left.append(joined[0].node_id)
+            cluster.remove_node(joined[0], allow_graceful=False)
+
+    try:
+        where = Placement(cluster.address, actors=1, max_actors=3)
+        engine.run(plan(job, recipe.hash, "stored").tables(), work, where, on_rows)
+    finally:
+        cluster.shutdown()
+    rows = pa.concat_tables(got)
+    assert left, Counter(rows["worker"].to_pylist())  # the node that joined got work
+    assert Counter(rows["key"].to_pylist()) == Counter(names)
+    assert set(rows["status"].to_pylist()) == {"restored"}
+
+
+def test_metrics_count_what_comes_back(tmp_path: Path, checkpoint_file: Path) -> None:
+    """As Prometheus would see them, under the names that the dashboard asks for."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((50, 80, 3), 90, np.uint8), "PNG")))
+    (tmp_path / "in" / "c.png").write_bytes(b"no picture")
+    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    recipe = Restorer.load(checkpoint_file).recipe
+    work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
+    port = free_port()
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2, "metrics_export_port": port})
+    seen: dict[str, float] = {}
+
+    def on_rows(rows: pa.Table) -> None:
+        if sum(len(one) for one in got) + len(rows) == 3:  # the last: what it adds is counted before it is handed on
+            until = time.monotonic() + 60
+            while len(seen) < 3 and time.monotonic() < until:
+                time.sleep(1)
+                seen.update(scraped(port))
+        got.append(rows)
+
+    got: list[pa.Table] = []
+    try:
+        engine.run(plan(job, recipe.hash, "stored").tables(), work, Placement(cluster.address), on_rows)
+    finally:
+        cluster.shutdown()
+    assert seen == {"restored": 2, "unreadable": 1, "megapixels": pytest.approx(0.008)}
+    asked = (Path(engine.__file__).parent.parent / "infra" / "grafana.json").read_text()
+    assert {"ray_nafnet_images_total", "ray_nafnet_megapixels_total", "ray_nafnet_seconds_bucket"} == set(
+        re.findall(r"ray_nafnet_[a-z_]+", asked)
+    )
+
+
+def scraped(port: int) -> dict[str, float]:
+    """Images by status, and megapixels of those restored."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError:  # the agent is on its way
+        return {}
+    if "ray_nafnet_seconds_bucket" not in text:
+        return {}
+    found = re.findall(r'^ray_nafnet_images_total\{.*Status="?(\w+).*\} ([\d.]+)$', text, re.M | re.I)
+    sizes = re.findall(r"^ray_nafnet_megapixels_total\{.*restored.*\} ([\d.e-]+)$", text, re.M)
+    return {name: float(value) for name, value in [*found, *(("megapixels", size) for size in sizes)]}
 
 
 def test_a_job_that_can_process_nothing_raises_what_it_met(tmp_path: Path, checkpoint_file: Path) -> None:

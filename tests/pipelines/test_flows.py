@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from prefect import get_client
@@ -18,9 +21,10 @@ from prefect.client.schemas import State
 from nafnet.images import Picture, decode, encode, read_note
 from nafnet.model import NetConfig
 from nafnet.restore import Restorer
-from pipelines import flows, lease
+from pipelines import engine, flows, lease
 from pipelines.report import read_rows
 from pipelines.settings import RestoreJob
+from pipelines.stages import Work
 from pipelines.storage import Store
 from tests.conftest import GOPRO_LIKE, SIDD_LIKE, random_network, save_published
 from tests.pipelines.conftest import KEY, SECRET
@@ -275,6 +279,42 @@ def test_a_run_shows_its_summary_as_artifacts(tmp_path: Path, rng: np.random.Gen
     by_key = {artifact.key: artifact for artifact in artifacts}
     assert {"summary", "counts", "sheet", "progress", "report"} <= set(by_key)
     assert by_key["progress"].data == 100.0
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("deployed", [True, False])
+def test_a_deployment_tries_a_failing_cluster_again_for_what_is_left(
+    tmp_path: Path, rng: np.random.Generator, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch, deployed: bool
+) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        (tmp_path / "in" / f"{i}.png").write_bytes(png(rng))
+    whole, attempts = engine.run, list[list[str]]()
+
+    def failing(
+        parts: Iterable[pa.Table], work: Work, place: engine.Placement, on_rows: Callable[[pa.Table], None], **_: Any
+    ) -> dict[str, Any]:
+        pairs = pa.concat_tables(parts)
+        attempts.append(pairs["key"].to_pylist())
+        if len(attempts) > 1:
+            return whole([pairs], work, place, on_rows)
+        whole([pairs.slice(0, 2)], work, place, on_rows)
+        raise ConnectionError("the head is gone")
+
+    monkeypatch.setattr(engine, "run", failing)
+    quick = flows.restore_images.with_options(retry_delay_seconds=0.1)
+    monkeypatch.setattr(flows, "restore_images", quick)
+    monkeypatch.setattr(flows, "deployment", SimpleNamespace(id="a deployment" if deployed else None))
+    state = restore(source=str(tmp_path / "in"), output=str(tmp_path / "out"), checkpoint=str(checkpoint_file))
+    names = [f"{i}.png" for i in range(5)]
+    if not deployed:  # a person sees it at once
+        assert (state.is_failed(), attempts) == (True, [names])
+        assert "the head is gone" in str(state.message)
+        return
+    assert state.is_completed(), state.message
+    assert attempts == [names, names[2:]]
+    assert list(rows_of(tmp_path / "out")) == names
+    assert len(read_rows(Store(str(tmp_path / "out")))) == 5
 
 
 def test_a_place_that_is_not_there_ends_the_run_with_words(tmp_path: Path) -> None:

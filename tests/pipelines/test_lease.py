@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipelines import lease
-from pipelines.lease import Holder, LeaseHeld, LeaseLost, hold, read
+from pipelines.lease import Follower, Holder, LeaseHeld, LeaseLost, hold, read
 from pipelines.storage import StorageError, Store
 
 
@@ -176,3 +176,21 @@ def test_what_is_no_lease_is_said(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_text("{")
     with pytest.raises(StorageError, match=r"lease\.json is no lease .* delete it"), hold(Store(str(tmp_path)), "run"):
         pass
+
+
+def test_who_follows_a_lease_stops_when_it_ends(output: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold(output, "flow run quick-fox") as held:
+        follower = Follower(output, held.id)
+        follower.check()
+        with pytest.raises(LeaseLost, match="no longer: it is over"):
+            Follower(output, "another").check()
+    follower.check()  # it has looked a moment ago
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.0)
+    with pytest.raises(LeaseLost):
+        follower.check()
+    old = elsewhere(expires_at=datetime.now(UTC) - timedelta(seconds=30))
+    output.write(lease.KEY, old.encode())
+    Follower(output, old.id).check()  # clocks differ, and an outage passes
+    output.write(lease.KEY, replace(old, expires_at=old.expires_at - timedelta(seconds=60)).encode())
+    with pytest.raises(LeaseLost):
+        Follower(output, old.id).check()

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import listing, manifest
-from pipelines.manifest import Plan, left_behind, plan, written_as
+from pipelines.manifest import Plan, left_behind, plan, remaining, written_as
 from pipelines.parts import PartWriter, set_aside
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA
 from pipelines.report import read_rows
@@ -309,3 +309,20 @@ def test_starting_anew_counts_no_earlier_row_and_says_what_it_leaves_behind(tmp_
     aside.rename(tmp_path / "again" / "report")
     assert read_rows(Store(str(tmp_path / "again"))).equals(before)
     assert len(set_aside(output)) == left_behind(todo, set_aside(output)) == 0
+
+
+def test_what_remains_of_a_plan_is_what_has_no_row_since(tmp_path: Path) -> None:
+    make(tmp_path / "in", *(f"{i}.png" for i in range(5)))
+    output, writer = Store(str(tmp_path / "out")), PartWriter(Store(str(tmp_path / "out")))
+    first = plan(job(tmp_path), "r", "stored")
+    writer.write(report_rows(pairs_of(first).slice(0, 2), "crashed", "r"))
+    again = plan(job(tmp_path, retry_failed=True), "r", "stored")
+    assert again.to_restore == 5
+    assert remaining(again, output).to_restore == 5  # an earlier run's rows are what is to be tried again
+    writer.write(report_rows(pairs_of(again).slice(1, 3), "restored", "r"))
+    writer.write(report_rows(pairs_of(again).slice(0, 1), "restored", "of another recipe"))
+    left = remaining(again, output)
+    assert pairs_of(left)["key"].to_pylist() == ["0.png", "4.png"]
+    assert (left.to_restore, left.matched) == (2, 5)
+    writer.write(report_rows(pairs_of(left), "restored", "r"))
+    assert (remaining(left, output).to_restore, remaining(left, output).parts) == (0, ())

@@ -132,3 +132,20 @@ def test_a_secret_in_any_of_several_checkpoints_is_refused_and_not_repeated(plac
 def test_account_names_are_no_credentials() -> None:
     url = "abfs://container@account.dfs.core.windows.net/x"
     assert RestoreJob(source=url, output="/out").source == url
+
+
+def test_where_the_work_runs_fits_together() -> None:
+    places = {"source": "/in", "output": "/out"}
+    for wrong, words in (
+        ({"actors": 3, "max_actors": 2}, "max_actors 2 is less than actors 3"),
+        ({"ray_wheel": "/x.whl"}, "ray_wheel goes with a job that is submitted"),
+        ({"ray_address": "http://head:8265", "storage": "block:lab"}, "known to Prefect, not to a cluster"),
+        ({"ray_address": "http://me:hunter2@head:8265"}, "never into a URL"),
+        ({"ray_wheel": "/x.zip", "ray_address": "http://head:8265"}, "should match pattern"),
+        ({"time_limit": 0}, "greater than 0"),
+    ):
+        with pytest.raises(ValidationError, match=words) as caught:
+            RestoreJob.model_validate({**places, **wrong})
+        assert "hunter2" not in str(caught.value)
+    job = RestoreJob.model_validate({**places, "ray_address": "https://head:8265", "ray_wheel": "s3://b/x-1.whl"})
+    assert job.ray_wheel == "s3://b/x-1.whl"

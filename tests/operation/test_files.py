@@ -1,0 +1,95 @@
+"""What is written for machines that are not here, held to the schemas of those that would read it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from infra.console import ROOT
+from pipelines import flows
+from pipelines.engine import _STAGES
+from pipelines.records import Status
+
+INFRA = ROOT / "infra"
+BIN = Path(sys.executable).parent
+KUBERNETES = "1.31"
+
+
+def run(*command: object) -> None:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dockerfile_is_clean_and_its_user_is_not_root() -> None:
+    run(BIN / "hadolint", INFRA / "Dockerfile")
+    users = re.findall(r"^USER (.+)$", (INFRA / "Dockerfile").read_text(), re.M)
+    assert users
+    assert users[-1] not in {"root", "0"}
+
+
+def test_the_compose_file_fits_its_schema_and_opens_nothing_but_loopback() -> None:
+    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", INFRA / "compose.yaml")
+    services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pods of a KubeRay resource, whose own schema no registry has."""
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    assert all(isinstance(group["rayStartParams"], dict) for group in groups)
+    assert all(isinstance(value, str) for group in groups for value in group["rayStartParams"].values())
+    return [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]} for group in groups]
+
+
+@pytest.mark.parametrize("path", sorted((INFRA / "k8s").glob("*.yaml")), ids=lambda path: path.stem)
+def test_kubernetes_files_fit_their_schema_and_run_as_nobody_special(path: Path) -> None:
+    for document in yaml.safe_load_all(path.read_text()):
+        own = document["apiVersion"].startswith("ray.io/")
+        for one in pods(document) if own else [document]:
+            kubernetes_validate.validate(one, KUBERNETES, strict=True)
+            pod = one["spec"] if own else one["spec"]["template"]["spec"]
+            assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+@pytest.mark.parametrize("path", sorted((INFRA / "ray").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_cluster_launcher_takes_its_file(path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    validate_config(config)
+    prepare_config(config)
+
+
+def test_deployments_name_flows_and_parameters_that_there_are() -> None:
+    """Prefect itself passes over a key that it does not know."""
+    known = {
+        *("name", "description", "entrypoint", "tags", "schedules", "concurrency_limit", "work_pool", "parameters"),
+    }
+    deployments = yaml.safe_load((INFRA / "prefect.yaml").read_text())["deployments"]
+    names = set()
+    for deployment in deployments:
+        assert set(deployment) <= known
+        module, _, name = deployment["entrypoint"].rpartition(".")
+        assert module == "pipelines.flows"
+        flow = getattr(flows, name)
+        names.add(f"{flow.name}/{deployment['name']}")
+        flow.validate_parameters(deployment["parameters"])
+        assert all(schedule["active"] is False for schedule in deployment["schedules"])
+        assert deployment["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
+    assert names == {"restore/gopro", "restore/sidd", "restore/reds", "restore/folder", "benchmark/paper"}
+
+
+def test_the_dashboard_asks_for_what_is_counted() -> None:
+    dashboard = json.loads((INFRA / "grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert all(one.count("(") == one.count(")") and one.count("{") == one.count("}") for one in asked)
+    assert Status.RESTORED in next(one for one in asked if "status!=" in one)
+    assert set(_STAGES.values()) == {"fetch", "network", "finish"}
