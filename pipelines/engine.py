@@ -118,26 +118,24 @@ class Cluster:
         Raises:
             ValueError: more is wished for than the cluster has, which would wait for ever.
         """
-        wanted, gpus = placement.actors, placement.gpus_per_actor
+        wanted, limit, gpus = placement.actors, placement.max_actors, placement.gpus_per_actor
         if gpus > 0:
             if self._gpu_actors(self.gpus, gpus) < (wanted or 1):
                 raise ValueError(
                     f"{wanted or 1} actors of {gpus:g} GPUs asked for, the cluster has {self.gpus:g} GPUs: "
                     "lower --actors or --gpus-per-actor (0 restores on CPUs)"
                 )
-            count, threads = wanted or max(1, self._gpu_actors(self.free_gpus, gpus)), 1
+            count = wanted or min(max(1, self._gpu_actors(self.free_gpus, gpus)), limit or sys.maxsize)
+            threads = 1
         else:
             free = max(1, int(self.free_cpus))
-            count = wanted or max(1, free // 4)  # four threads each: more gain little on one image
+            count = wanted or min(max(1, free // 4), limit or sys.maxsize)  # more than four threads gain little
             if count > self.cpus:
                 raise ValueError(
                     f"{count} actors asked for, the cluster has {self.cpus} CPUs: ask for no more than those"
                 )
             threads = max(1, min(free // count, self.node_cpus))
-        most = placement.max_actors or count
-        if wanted is None:
-            count = min(count, most)
-        return Pool(count, most, self._share(count, most=threads), gpus), threads
+        return Pool(count, limit or count, self._share(count, most=threads), gpus), threads
 
     @staticmethod
     def _gpu_actors(there: float, each: float) -> int:
@@ -405,7 +403,7 @@ def _stages(blocks: list[pa.Table], work: Work, pool: Pool) -> Dataset:
             num_cpus=_SCARCE,
             max_retries=_RETRIES,
         )
-        .map_batches(
+        .map_batches_internal(  # the public one wants a number of images with GPUs, and would gather blocks up to it
             RestoreActor,
             fn_constructor_args=(work,),
             batch_size=None,

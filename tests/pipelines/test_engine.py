@@ -213,7 +213,7 @@ class SlowActor(RestoreActor):
     """Takes a while for each image, and says on which node."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        time.sleep(0.5 * len(batch))
+        time.sleep(0.4 * len(batch))
         self.worker = ray.get_runtime_context().get_node_id()
         return super().__call__(batch)
 
@@ -222,7 +222,7 @@ def test_a_pool_grows_with_the_cluster_and_outlives_a_node_that_leaves(
     tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in").mkdir()
-    names = [f"{i:03d}.png" for i in range(60)]
+    names = [f"{i:03d}.png" for i in range(100)]  # Ray Data looks for new nodes every 20 s
     for name in names:
         (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
     job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
@@ -231,7 +231,7 @@ def test_a_pool_grows_with_the_cluster_and_outlives_a_node_that_leaves(
     monkeypatch.setattr(engine, "RestoreActor", SlowActor)
     monkeypatch.setattr(engine, "_BLOCK_ROWS", 1)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})  # which stand for some
     got: list[pa.Table] = []
     joined: list[Any] = []
     left: list[str] = []
@@ -239,13 +239,13 @@ def test_a_pool_grows_with_the_cluster_and_outlives_a_node_that_leaves(
     def on_rows(rows: pa.Table) -> None:
         got.append(rows)
         if not joined:
-            joined.append(cluster.add_node(num_cpus=1))
+            joined.append(cluster.add_node(num_cpus=4, num_gpus=1))
         elif not left and joined[0].node_id in rows["worker"].to_pylist():
             left.append(joined[0].node_id)
             cluster.remove_node(joined[0], allow_graceful=False)
 
     try:
-        where = Placement(cluster.address, actors=1, max_actors=3)
+        where = Placement(cluster.address, actors=1, max_actors=3, gpus_per_actor=1)
         engine.run(plan(job, recipe.hash, "stored").tables(), work, where, on_rows)
     finally:
         cluster.shutdown()
