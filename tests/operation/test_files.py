@@ -63,9 +63,7 @@ def test_kubernetes_files_fit_their_schema_and_run_as_nobody_special(path: Path)
 
 @pytest.mark.parametrize("path", sorted((INFRA / "ray").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_cluster_launcher_takes_its_file(path: Path) -> None:
-    config = yaml.safe_load(path.read_text())
-    validate_config(config)
-    prepare_config(config)
+    validate_config(prepare_config(yaml.safe_load(path.read_text())))
 
 
 def test_deployments_name_flows_and_parameters_that_there_are() -> None:

@@ -174,7 +174,7 @@ def of(cpus: int, gpus: float = 0, *, free: float | None = None, free_gpus: floa
         (of(8, 1), Placement(max_actors=4, gpus_per_actor=1), (Pool(1, 4, 1, 1), 1)),
         (of(8, 4), Placement(actors=1, max_actors=8, gpus_per_actor=0.5), (Pool(1, 8, 1, 0.5), 1)),
         (of(16), Placement(actors=1, max_actors=3), (Pool(1, 3, 15, 0), 16)),
-        (of(16), Placement(max_actors=2), (Pool(2, 2, 7, 0), 4)),
+        (of(16), Placement(max_actors=2), (Pool(2, 2, 7, 0), 8)),
         # Beside another job: what is free, and something of it where nothing is.
         (of(16, free=9.5), Placement(), (Pool(2, 2, 4, 0), 4)),
         (of(4, free=1), Placement(), (Pool(1, 1, 0.1, 0), 1)),
