@@ -130,7 +130,7 @@ def down(home: Path) -> None:
     console = Console.load(home)
     for name in reversed(console.pids):
         console.stop(name)
-        print(f"stopped {name}")
+        print(f"stopped {name}", flush=True)
     console.state.unlink(missing_ok=True)
 
 
@@ -198,6 +198,7 @@ def _server(console: Console) -> None:
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
     console.start("prefect", BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
     console.wait("prefect", lambda: _answers(f"{console.environment['PREFECT_API_URL']}/health"))
@@ -206,8 +207,10 @@ def _server(console: Console) -> None:
 def _ray(console: Console) -> None:
     port = console.ports["ray"]
     console.environment |= {
-        "RAY_AUTH_MODE": "disabled",  # it is on loopback, and a token would be written into HOME
+        "RAY_AUTH_MODE": "token",  # some of its ports are on all interfaces, whatever it is told
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # no traffic to drain; its own idle actors would take 30 s
         "RAY_ADDRESS": f"127.0.0.1:{port}",
     }
     address = (
@@ -216,7 +219,8 @@ def _ray(console: Console) -> None:
     )  # fmt: skip
     console.start("ray", BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", *address)
     jobs = f"http://127.0.0.1:{console.ports['dashboard']}/api/jobs/"
-    console.wait("ray", lambda: _listens(port) and _answers(jobs))
+    token = {"Authorization": f"Bearer {console.environment['RAY_AUTH_TOKEN']}"}
+    console.wait("ray", lambda: _listens(port) and _answers(jobs, token))
 
 
 def _deployments(console: Console) -> None:
@@ -248,9 +252,9 @@ def _listens(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, headers: dict[str, str] | None = None) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=2) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
@@ -295,7 +299,7 @@ def main() -> None:
         f"""
 Prefect    http://127.0.0.1:{console.ports["prefect"]}   (deployments restore/gopro, restore/folder, ...)
 S3         {console.environment["AWS_ENDPOINT_URL"]}   bucket s3://{BUCKET}, keys in {home}/environment
-Ray        {console.environment["RAY_ADDRESS"]}   dashboard and jobs http://127.0.0.1:{console.ports["dashboard"]}
+Ray        {console.environment["RAY_ADDRESS"]}   dashboard and jobs http://127.0.0.1:{console.ports["dashboard"]}, token in {home}/environment
 logs       {home}/*.log
 
   source {home}/environment

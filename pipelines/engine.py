@@ -6,7 +6,6 @@ from fetching to the actors that hold the network, and from there to scoring and
 
 import os
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster's token would be written into HOME
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side writes to stderr past any logger
 # Threads of the network that wait for one another spin: on a core that another stage wants, longer than they compute.
@@ -19,6 +18,8 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset it warns at each start
 
 import logging
+import math
+import secrets
 import signal
 import socket
 import sys
@@ -31,6 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pyarrow as pa
@@ -49,6 +51,11 @@ logger = logging.getLogger(__name__)
 PASSING = (ConnectionError, RaySystemError, RayActorError, NodeDiedError, OutOfMemoryError)
 """What a job meets on a cluster that is gone or fails: another attempt may not meet it."""
 
+
+class TimeLimit(TimeoutError):  # noqa: N818 - it names what was reached
+    """The job was to end by now. What came back is kept by whoever got it; the same job again goes on."""
+
+
 # A block costs 20 to 30 ms. `fetch` cuts it by what it holds decoded, which its encoded size does not tell.
 _BLOCK_BYTES = 8 * 2**20  # of encoded images
 _BLOCK_ROWS = 256
@@ -56,6 +63,7 @@ _BLOCKS_PER_ACTOR = 4  # at least, so that all end at about the same time
 # CPUs that a task of reading or of writing reserves: other than an actor's, or they would be fused into it, and little,
 # so that on few cores two tasks can score while the network waits for images.
 _SCARCE = 0.25
+_OVER = "the time limit was reached: run again to go on"
 _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
 _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
@@ -167,6 +175,8 @@ def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
     logging.getLogger("ray.data").setLevel(level)
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_terminate = signal.getsignal(signal.SIGTERM) if in_main_thread else None
+    if address == "local":  # it listens on the network: a token of its own, which Ray else writes into HOME
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     dashboard = False if address == "local" else None  # None: whatever the cluster that is joined has
     with _stderr_shut(not verbose):
         ray.init(address=address, logging_level=level, log_to_driver=verbose, include_dashboard=dashboard)
@@ -237,6 +247,7 @@ def run(
     placement: Placement,
     on_rows: Callable[[pa.Table], None],
     *,
+    deadline: float = math.inf,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Restore every pair of every part (`MANIFEST_SCHEMA`) and hand each its row (`REPORT_SCHEMA`) to `on_rows`.
@@ -246,6 +257,7 @@ def run(
     kills its process again ends as `crashed`. Returns what cluster, pool and threads did it.
 
     Raises:
+        TimeLimit: the clock (`time.monotonic`) has come to the deadline.
         RuntimeError: not one image of a part of several could be processed, each for an error of the job.
         ValueError: the placement asks for more than the cluster has.
     """
@@ -261,9 +273,9 @@ def run(
 
             pool, threads = cluster.pool(placement)
             work = replace(work, threads=threads, memory_share=pool.memory_share(cluster.nodes))
-            _second_pass(lost, work, pool, on_counted, whole=whole)
+            _second_pass(lost, work, pool, on_counted, deadline, whole=whole)
             for part in parts:
-                lost = _first_pass(part, work, pool, on_counted)
+                lost = _first_pass(part, work, pool, on_counted, deadline)
                 if len(lost):
                     logger.warning(
                         "%d images were lost with their process or to an error; trying each alone", len(lost)
@@ -274,7 +286,9 @@ def run(
                 return {**asdict(cluster), "pool": asdict(pool), "threads": threads}
 
 
-def _first_pass(part: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Table], None]) -> pa.Table:
+def _first_pass(
+    part: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Table], None], deadline: float
+) -> pa.Table:
     """Restore a part in blocks; returns the pairs for which no row came back."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -289,7 +303,7 @@ def _first_pass(part: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Ta
         stages = _stages(_blocks(part, pool.most, work.threads), work, pool)
     seen: set[str] = set()
     batches: Iterable[pa.Table] = stages.iter_batches(batch_size=None, batch_format="pyarrow")
-    for rows in batches:
+    for rows in _until(deadline, batches):
         fresh = rows.cast(REPORT_SCHEMA).filter(
             pa.array([key not in seen for key in rows["key"].to_pylist()], pa.bool_())
         )
@@ -298,13 +312,43 @@ def _first_pass(part: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Ta
     return part.filter(pa.array([key not in seen for key in part["key"].to_pylist()], pa.bool_()))
 
 
-def _second_pass(lost: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Table], None], *, whole: bool) -> None:
+def _until(deadline: float, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The batches until then. They come from a thread, since Ray waits for the next one as long as it takes."""
+    if deadline == math.inf:
+        yield from batches
+        return
+    came: SimpleQueue[pa.Table | Exception | None] = SimpleQueue()
+
+    def pump() -> None:
+        try:
+            for rows in batches:
+                came.put(rows)
+            came.put(None)
+        except Exception as error:  # noqa: BLE001 - raised where they are taken
+            came.put(error)
+
+    threading.Thread(target=pump, name="batches", daemon=True).start()
+    while True:
+        try:
+            item = came.get(timeout=max(0.0, deadline - time.monotonic()))
+        except Empty:
+            raise TimeLimit(_OVER) from None
+        if item is None:
+            return
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def _second_pass(
+    lost: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Table], None], deadline: float, *, whole: bool
+) -> None:
     """Each pair alone, in a process of its own. `whole`: a part of which nothing came back.
 
     Where not one of the first few comes through then, the job is at fault and not its images: raise what they met.
     """
     failed: list[pa.Table] = []
-    for rows, died in _each_alone(lost, replace(work, contained=True), pool):
+    for rows, died in _each_alone(lost, replace(work, contained=True), pool, deadline):
         failed.append(rows)
         if whole and not died and rows["status"][0].as_py() == Status.CRASHED:
             if len(failed) == min(len(lost), _JUDGED):
@@ -316,7 +360,7 @@ def _second_pass(lost: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.T
         failed.clear()
 
 
-def _each_alone(lost: pa.Table, work: Work, pool: Pool) -> Iterator[tuple[pa.Table, bool]]:
+def _each_alone(lost: pa.Table, work: Work, pool: Pool, deadline: float) -> Iterator[tuple[pa.Table, bool]]:
     """Each pair's row, and whether its process died."""
     task = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0, max_calls=0)(_alone)
     chain = cloudpickle.dumps(_Chain(fetch, RestoreActor, finish, work))  # type: ignore[no-untyped-call]
@@ -326,7 +370,11 @@ def _each_alone(lost: pa.Table, work: Work, pool: Pool) -> Iterator[tuple[pa.Tab
         under_way |= {task.remote(single, chain): single for single in islice(singles, pool.actors - len(under_way))}
         if not under_way:
             return
-        [done], _ = ray.wait(list(under_way))
+        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        ended, _ = ray.wait(list(under_way), timeout=left)
+        if not ended:
+            raise TimeLimit(_OVER)
+        done = ended[0]
         single = under_way.pop(done)
         try:
             rows = ray.get(done)

@@ -183,8 +183,8 @@ def restore(
     with lease.hold(Store(job.output), f"flow run {flow_run.name}") as held:
         plan = plan_images(prepared)
         emit("started", matched=plan.matched, to_restore=plan.to_restore, output=job.output)
-        seconds = None if job.time_limit is None else job.time_limit * 3600
-        cluster = restore_images.with_options(timeout_seconds=seconds)(prepared, plan, held)
+        deadline = math.inf if job.time_limit is None else clock + job.time_limit * 3600
+        cluster = restore_images(prepared, plan, held, deadline)
         held.check()
         run = _describe_run(prepared, plan, cluster, started)
         summary = report_images(prepared, plan, run, time.monotonic() - clock)
@@ -240,9 +240,10 @@ def _passing(_task: Any, _run: Any, state: State[Any]) -> bool:
     retry_jitter_factor=0.2,
     retry_condition_fn=_passing,
 )
-def restore_images(prepared: Prepared, plan: Plan, held: Lease) -> dict[str, Any]:
+def restore_images(prepared: Prepared, plan: Plan, held: Lease, deadline: float) -> dict[str, Any]:
     """Restore what the plan holds and write report parts as rows come in. Says what cluster did it.
 
+    At the deadline (`time.monotonic`) it ends with `engine.TimeLimit`.
     Another attempt of the same run does what is left.
     """
     output = Store(prepared.job.output)
@@ -259,10 +260,12 @@ def restore_images(prepared: Prepared, plan: Plan, held: Lease) -> dict[str, Any
             progress.add(Counter(rows["status"].to_pylist()))
             watch.add(rows)
 
-        return _follow(prepared, plan, held, on_rows)
+        return _follow(prepared, plan, held, on_rows, deadline)
 
 
-def _follow(prepared: Prepared, plan: Plan, held: Lease, on_rows: Callable[[pa.Table], None]) -> dict[str, Any]:
+def _follow(
+    prepared: Prepared, plan: Plan, held: Lease, on_rows: Callable[[pa.Table], None], deadline: float = math.inf
+) -> dict[str, Any]:
     """Restore a plan where its job says, and have the rows in the output before `on_rows` gets them."""
     job, output = prepared.job, Store(prepared.job.output)
     if not remote.is_remote(job.ray_address):
@@ -275,7 +278,7 @@ def _follow(prepared: Prepared, plan: Plan, held: Lease, on_rows: Callable[[pa.T
                 parts.add(rows)
                 on_rows(rows)
 
-            return engine.run(plan.tables(), work, prepared.placement, keep, verbose=verbose)
+            return engine.run(plan.tables(), work, prepared.placement, keep, deadline=deadline, verbose=verbose)
     order = Order(
         job={**job.model_dump(mode="json"), "checkpoint": prepared.weights},  # paths as they are here
         version=version("nafnet-pipelines"),
@@ -288,7 +291,14 @@ def _follow(prepared: Prepared, plan: Plan, held: Lease, on_rows: Callable[[pa.T
     )
     owner = Owner(flow_run=str(flow_run.id), api=get_current_settings().api.url or "")
     return remote.run(
-        job.ray_address, order, owner, on_rows, storage=job.storage, wheel=job.ray_wheel, is_over=_is_over
+        job.ray_address,
+        order,
+        owner,
+        on_rows,
+        deadline=deadline,
+        storage=job.storage,
+        wheel=job.ray_wheel,
+        is_over=_is_over,
     )
 
 

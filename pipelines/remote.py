@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import os
 import shlex
 import time
@@ -19,6 +20,7 @@ import pyarrow as pa
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipelines.driver import Order, Outcome, outcome_key
+from pipelines.engine import TimeLimit
 from pipelines.report import part_names, read_parts
 from pipelines.storage import Store
 
@@ -50,6 +52,7 @@ def run(
     owner: Owner,
     on_rows: Callable[[pa.Table], None],
     *,
+    deadline: float = math.inf,
     storage: str | None = None,
     wheel: str | None = None,
     is_over: Callable[[Owner], bool],
@@ -62,6 +65,7 @@ def run(
     Raises:
         ConnectionError: the cluster cannot be reached, or is gone.
         RuntimeError: the job came to no end there; says why.
+        TimeLimit: the clock (`time.monotonic`) has come to the deadline.
     """
     output = Store(order.job["output"])
     client = _client(address)
@@ -87,6 +91,8 @@ def run(
             seen.update(fresh)
             if status.is_terminal():
                 break
+            if time.monotonic() > deadline:
+                raise TimeLimit("the time limit was reached: run again to go on")
             time.sleep(_POLL_SECONDS)
     except BaseException:
         _stop(client, job)
