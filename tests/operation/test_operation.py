@@ -19,6 +19,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling, Crashed
 
 from infra import console as consoles
 from infra.console import BIN, ROOT, Console
@@ -106,8 +107,13 @@ def start(client: SyncPrefectClient, name: str, **parameters: Any) -> UUID:
     return client.create_flow_run_from_deployment(client.read_deployment_by_name(name).id, parameters=parameters).id
 
 
+def is_final(client: SyncPrefectClient, run: UUID) -> bool:
+    state = client.read_flow_run(run).state
+    return state is not None and state.is_final()
+
+
 def ended(client: SyncPrefectClient, run: UUID, seconds: float = 150) -> FlowRun:
-    until(lambda: bool((state := client.read_flow_run(run).state) and state.is_final()), seconds)
+    until(lambda: is_final(client, run), seconds)
     return client.read_flow_run(run)
 
 
@@ -201,15 +207,27 @@ def test_a_cancelled_run_frees_the_cluster_and_goes_on(
     assert rows(console, "again") == whole[1]
 
 
-def test_a_run_ends_at_its_time_limit(console: Console, client: SyncPrefectClient) -> None:
-    late = {"checkpoint": "demo", "output": "s3://nafnet/restored/late"}
-    run = start(client, "restore/gopro", **late, time_limit=15 / 3600)
-    state = ended(client, run).state
+def test_a_deployment_runs_beside_another_that_ends_at_its_time_limit(
+    console: Console, client: SyncPrefectClient
+) -> None:
+    """One model beside another, which has the cluster for long: neither waits for the other to end."""
+    long = start(
+        client, "restore/gopro", checkpoint="demo", self_ensemble=True, time_limit=80 / 3600,
+        output="s3://nafnet/restored/long",
+    )  # fmt: skip
+    begun(console, "long")
+    short = start(
+        client, "restore/folder", output="s3://nafnet/restored/short", reference=str(console.home / "photos/original"),
+        limit=2,
+    )  # fmt: skip
+    complete(client, short)
+    assert not is_final(client, long)
+    state = ended(client, long).state
     assert state is not None
     assert state.is_failed()
     assert "the time limit was reached: run again to go on" in str(state.message)
     idle(console)
-    assert len(rows(console, "late")) < 8
+    assert 2 <= len(rows(console, "long")) < 8
 
 
 def test_a_cluster_elsewhere_takes_the_work_as_a_job(
@@ -223,27 +241,14 @@ def test_a_cluster_elsewhere_takes_the_work_as_a_job(
     assert rows(console, "elsewhere") == whole[1]
     assert jobs(console)[f"restore-{run}"] == "SUCCEEDED"
     log = of_ray(console, f"/api/jobs/restore-{run}/logs")["logs"]
-    assert "py_modules_files" in log.splitlines()[0]  # where Ray keeps what comes with a job: it ran the wheel
+    [started] = [line for line in log.splitlines() if line.startswith("nafnet-pipelines ")]
+    assert "py_modules_files" in started  # where Ray keeps what comes with a job: it ran the wheel
     assert any(line.startswith("block {") for line in logs(client, run))
     idle(console)
 
 
-def test_a_job_whose_run_was_cancelled_is_stopped(console: Console, client: SyncPrefectClient) -> None:
-    run = start(
-        client, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/stopped",
-        ray_address=jobs_address(console),
-    )  # fmt: skip
-    begun(console, "stopped")
-    console.run(BIN / "prefect", "flow-run", "cancel", run)
-    until(lambda: jobs(console)[f"restore-{run}"] == "STOPPED", IDLE_SECONDS)
-    idle(console)
-    state = ended(client, run, 60).state
-    assert state is not None
-    assert state.is_cancelled()
-
-
-def test_a_job_that_a_dead_run_left_is_stopped_by_the_next(
-    console: Console, client: SyncPrefectClient, whole: Whole
+def test_a_job_that_a_dead_run_left_is_stopped_by_the_next_and_that_by_cancelling(
+    console: Console, client: SyncPrefectClient
 ) -> None:
     left = {"checkpoint": "demo", "output": "s3://nafnet/restored/left", "ray_address": jobs_address(console)}
     dead = start(client, "restore/gopro", **left)
@@ -251,18 +256,17 @@ def test_a_job_that_a_dead_run_left_is_stopped_by_the_next(
     for pid in [console.pids["worker"][0], *processes_of(dead)]:  # nobody is left who could stop it
         os.kill(pid, signal.SIGKILL)
     assert jobs(console)[f"restore-{dead}"] == "RUNNING"
-    client.set_flow_run_state(dead, failed(), force=True)  # its deployment takes one run at a time
+    client.set_flow_run_state(dead, Crashed(message="its worker is gone"), force=True)  # a deployment runs once
     consoles.worker(console)
-    complete(client, start(client, "restore/gopro", **left))
+    run = start(client, "restore/gopro", **left)
+    until(lambda: jobs(console).get(f"restore-{run}") == "RUNNING", 120)
     assert jobs(console)[f"restore-{dead}"] == "STOPPED"
-    assert rows(console, "left") == whole[1]
+    client.set_flow_run_state(run, Cancelling())
+    until(lambda: jobs(console)[f"restore-{run}"] == "STOPPED", IDLE_SECONDS)
     idle(console)
-
-
-def failed() -> Any:
-    from prefect.states import Crashed
-
-    return Crashed(message="its worker is gone")
+    state = ended(client, run, 60).state
+    assert state is not None
+    assert state.is_cancelled()
 
 
 def processes_of(run: UUID) -> list[int]:
@@ -279,24 +283,6 @@ def processes_of(run: UUID) -> list[int]:
     return found
 
 
-def test_two_deployments_share_the_cluster(console: Console, client: SyncPrefectClient) -> None:
-    """One model beside another: neither waits for the other to end."""
-    runs = [
-        start(client, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/one"),
-        start(client, "restore/folder", output="s3://nafnet/restored/two"),
-    ]
-    for run in runs:
-        complete(client, run)
-    times = []
-    for output in ("one", "two"):
-        store = Store(str(console.home / "s3" / consoles.BUCKET / "restored" / output))
-        done = read_rows(store, ("key", "finished_at"))["finished_at"].to_pylist()
-        times.append((min(done), max(done)))
-    (first, first_end), (second, second_end) = times
-    assert first < second_end
-    assert second < first_end
-
-
 def test_the_commands_of_the_page_work(console: Console, whole: Whole) -> None:
     there = commands(ROOT / "infra" / "README.md", "console")
     assert len(there) == 2
@@ -305,14 +291,14 @@ def test_the_commands_of_the_page_work(console: Console, whole: Whole) -> None:
 
 
 def test_a_deployment_that_degrades_is_paused_by_the_page_s_automation(
-    console: Console, client: SyncPrefectClient, whole: Whole
+    console: Console, client: SyncPrefectClient
 ) -> None:
     weaker = start(
-        client, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/weaker", strength=0.2, limit=3
-    )
+        client, "restore/folder", output="s3://nafnet/restored/weaker", reference=str(console.home / "photos/original"),
+        limit=2, strength=0.2,
+    )  # fmt: skip
     complete(client, weaker)
-    until(lambda: client.read_deployment_by_name("restore/gopro").paused, 30)
-    client.resume_deployment(client.read_deployment_by_name("restore/gopro").id)
+    until(lambda: client.read_deployment_by_name("restore/folder").paused, 30)
     assert {"restore.started", "restore.progress", "restore.completed", "restore.degraded"} <= events(console)
 
 
