@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint infra/constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench chaos up down clean
@@ -14,7 +14,7 @@ demo: $(VENV)/.demo ## Restore real photographs with the bundled weights; result
 	@$(BIN)/nafnet demo demo-output
 
 test: $(VENV)/.dev ## Run all tests
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/.dev ## Lint, format, strict types, import rules, known vulnerabilities
 	@$(BIN)/ruff check .
