@@ -19,7 +19,9 @@ def main() -> None:
     try:
         found = json.loads(done.stdout)["dependencies"]
     except ValueError:
-        print(f"audit: not one package, the registry cannot be asked: {done.stderr.strip().splitlines()[-1]}")
+        if "ConnectionError" not in done.stderr:
+            sys.exit(f"audit: {done.stderr}")
+        print(f"audit: not one package, the registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
         return
     skipped = [one["name"] for one in found if "skip_reason" in one]
     bad = [one for one in found if one.get("vulns")]

@@ -1,4 +1,4 @@
-"""Pictures of a run for the docs: `python infra/screenshots.py DIR`, while `make up` runs. Needs Chromium.
+"""Pictures of a run for the docs: `python -m infra.screenshots DIR`, while `make up` runs. Needs Chromium.
 
 Starts restore/gopro with the bundled weights, waits for its end, and takes the Prefect pages of the run and the report.
 """
@@ -12,12 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.console import BUCKET, ROOT, Console
 
-_WAIT_MS = 20_000  # that a page may take to fetch and draw what it shows
+_WAIT_MS = 60_000  # that a page may take to fetch and draw what it shows
 _COLOURS = 64  # of a picture: pages are flat, and small files suit a repository
 
 
@@ -36,12 +37,14 @@ def main() -> None:
     with temporary_settings({PREFECT_API_URL: f"{ui}/api"}), get_client(sync_client=True) as client:
         run = run_deployment("restore/gopro", parameters={"checkpoint": "demo", "fresh": True}, timeout=300)
         deployment = client.read_deployment_by_name("restore/gopro").id
+        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+        shown = {one.key: one.id for one in client.read_artifacts(artifact_filter=of_run)}
     options.folder.mkdir(parents=True, exist_ok=True)
     report = options.home.absolute() / "s3" / BUCKET / "restored" / "gopro" / "report.html"
     pages = {
         "run": (f"{ui}/runs/flow-run/{run.id}", 1300),
-        "artifacts": (f"{ui}/runs/flow-run/{run.id}?tab=Artifacts", 1000),
-        "history": (f"{ui}/artifacts/key/history-gopro", 700),
+        "sheet": (f"{ui}/artifacts/artifact/{shown['sheet']}", 900),
+        "history": (f"{ui}/artifacts/artifact/{shown['history-gopro']}", 500),
         "form": (f"{ui}/deployments/deployment/{deployment}/run", 2000),
         "report": (f"file://{report}", 2600),
     }

@@ -643,7 +643,7 @@ def _dry_run(job: Any) -> None:
     prepared = prepare(job)
     memory = None
     if job.ray_address == "local" and not job.gpus_per_actor:  # else its actors are on machines that are not seen here
-        pool, threads = this_machine().pool(Placement(actors=job.actors))
+        pool, threads = this_machine().pool(Placement(actors=job.actors, max_actors=job.max_actors))
         torch.set_num_threads(threads)
         memory = available_bytes(share=pool.memory_share())
     restorer = load_restorer(prepared.weights, prepared.recipe, memory=memory)

@@ -15,11 +15,12 @@ import pyarrow as pa
 
 import nafnet
 from pipelines import engine
-from pipelines.lease import Follower
+from pipelines.lease import Follower, LeaseHeld, LeaseLost
 from pipelines.parts import PartWriter, read_parquet
 from pipelines.prepare import settle_job
+from pipelines.retry import GaveUp
 from pipelines.settings import RestoreJob
-from pipelines.storage import Store, use
+from pipelines.storage import StorageError, Store, use
 from pipelines.storage_options import load
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,12 @@ class Outcome:
     passing: bool = False
 
 
+def is_passing(error: Exception) -> bool:
+    """Whether another attempt may not meet it: a cluster or a storage that failed, not a job that is wrong."""
+    failed = isinstance(error, (*engine.PASSING, GaveUp, StorageError))
+    return failed and not isinstance(error, (LeaseLost, LeaseHeld))
+
+
 def outcome_key(order_key: str) -> str:
     """Where the outcome of an order is written."""
     return order_key.removesuffix(".json") + "-outcome.json"
@@ -82,12 +89,9 @@ def main() -> None:
 def _follow(output: Store, order: Order) -> Outcome:
     try:
         return Outcome(cluster=_run(output, order))
-    except engine.PASSING as error:
-        logger.exception("the job was broken off")
-        return Outcome(error=f"{type(error).__name__}: {error}", passing=True)
     except Exception as error:
         logger.exception("the job was broken off")
-        return Outcome(error=f"{type(error).__name__}: {error}")
+        return Outcome(error=f"{type(error).__name__}: {error}", passing=is_passing(error))
 
 
 def _run(output: Store, order: Order) -> dict[str, Any]:

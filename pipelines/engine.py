@@ -6,6 +6,7 @@ from fetching to the actors that hold the network, and from there to scoring and
 
 import os
 
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives its Ray would start another
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side writes to stderr past any logger
 # Threads of the network that wait for one another spin: on a core that another stage wants, longer than they compute.
@@ -67,6 +68,7 @@ _OVER = "the time limit was reached: run again to go on"
 _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
 _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
+_TOKEN = secrets.token_hex(32)  # one for a process: Ray reads it once
 _REACH_SECONDS = 10  # for a head to take a connection
 _SETTLE_SECONDS = 3  # in which what a job has just given back counts as free
 _WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
@@ -175,8 +177,9 @@ def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
     logging.getLogger("ray.data").setLevel(level)
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_terminate = signal.getsignal(signal.SIGTERM) if in_main_thread else None
+    kept = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     if address == "local":  # it listens on the network: a token of its own, which Ray else writes into HOME
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
     dashboard = False if address == "local" else None  # None: whatever the cluster that is joined has
     with _stderr_shut(not verbose):
         ray.init(address=address, logging_level=level, log_to_driver=verbose, include_dashboard=dashboard)
@@ -186,6 +189,9 @@ def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
         yield _look()
     finally:
         ray.shutdown()
+        for name, value in kept.items():  # Ray sets the mode, too
+            if value is None:
+                os.environ.pop(name, None)
 
 
 def _look() -> Cluster:

@@ -48,8 +48,8 @@ from pipelines.artifacts import Watch, emit, log_to_prefect, show_history, show_
 from pipelines.benchmark import Cause, Published, Trial, Verdict
 from pipelines.containers import open_collection
 from pipelines.datasets import IMAGES, DataName, Found
-from pipelines.driver import Order
-from pipelines.lease import Lease, LeaseLost
+from pipelines.driver import Order, is_passing
+from pipelines.lease import Lease
 from pipelines.manifest import Plan
 from pipelines.parts import PartWriter, set_aside
 from pipelines.prepare import Prepared, settle_job
@@ -57,7 +57,7 @@ from pipelines.progress import Progress
 from pipelines.records import Status
 from pipelines.remote import Owner
 from pipelines.settings import RestoreJob, StorageName
-from pipelines.storage import StorageError, Store, use
+from pipelines.storage import Store, use
 from pipelines.storage_options import StorageOptions, load
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,7 @@ def restore(
     prepared = prepare(job)
     started, clock = datetime.now(UTC), time.monotonic()
     with lease.hold(Store(job.output), f"flow run {flow_run.name}") as held:
+        _stop_orphans(job)
         plan = plan_images(prepared)
         emit("started", matched=plan.matched, to_restore=plan.to_restore, output=job.output)
         deadline = math.inf if job.time_limit is None else clock + job.time_limit * 3600
@@ -228,8 +229,7 @@ def plan_images(prepared: Prepared) -> Plan:
 def _passing(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Whether a deployment's run tries again: for what may be gone by then. A person at a terminal sees it at once."""
     error = state.result(raise_on_failure=False)
-    passing = isinstance(error, (*engine.PASSING, StorageError)) and not isinstance(error, LeaseLost)
-    return bool(deployment.id) and passing
+    return bool(deployment.id) and isinstance(error, Exception) and is_passing(error)
 
 
 @task(
@@ -246,9 +246,9 @@ def restore_images(prepared: Prepared, plan: Plan, held: Lease, deadline: float)
     At the deadline (`time.monotonic`) it ends with `engine.TimeLimit`.
     Another attempt of the same run does what is left.
     """
-    output = Store(prepared.job.output)
     if task_run.run_count > 1:
-        plan = manifest.remaining(plan, output)
+        _stop_orphans(prepared.job)
+        plan = manifest.remaining(plan, Store(prepared.job.output))
     if not plan.to_restore:
         logger.info("nothing to do: every image is finished under recipe %s", plan.recipe)
         return {}
@@ -289,7 +289,7 @@ def _follow(
         parts=plan.parts,
         lease=held.id,
     )
-    owner = Owner(flow_run=str(flow_run.id), api=get_current_settings().api.url or "")
+    owner = Owner(flow_run=str(flow_run.root_flow_run_id), api=get_current_settings().api.url or "")
     return remote.run(
         job.ray_address,
         order,
@@ -298,12 +298,17 @@ def _follow(
         deadline=deadline,
         storage=job.storage,
         wheel=job.ray_wheel,
-        is_over=_is_over,
     )
 
 
+def _stop_orphans(job: RestoreJob) -> None:
+    """Before what is there is looked at: they would go on writing. The output's lease is held."""
+    if remote.is_remote(job.ray_address):
+        remote.reap(job.ray_address, Store(job.output).url(), _is_over)
+
+
 def _is_over(owner: Owner) -> bool:
-    """Whether a flow run of this server has ended, or is gone; one that another server knows is left alone."""
+    """Whether a flow run has ended. One that this server does not know may be another's at the same address."""
     url = get_current_settings().api.url
     if url is None or owner.api != url:
         return False
@@ -311,7 +316,7 @@ def _is_over(owner: Owner) -> bool:
         try:
             state = client.read_flow_run(UUID(owner.flow_run)).state
         except ObjectNotFound:
-            return True
+            return False
     return state is not None and state.is_final()
 
 
@@ -336,7 +341,7 @@ def report_images(prepared: Prepared, plan: Plan, run: dict[str, Any], seconds: 
     return summary
 
 
-@flow(name="benchmark", log_prints=False)
+@flow(name="benchmark", log_prints=False, on_cancellation=[stop_job], on_crashed=[stop_job])
 @_described
 def benchmark(
     data: DataName,

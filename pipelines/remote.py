@@ -17,6 +17,8 @@ from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
+import requests
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipelines.driver import Order, Outcome, outcome_key
@@ -27,17 +29,30 @@ from pipelines.storage import Store
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
+_REST = 3  # times as long as looking took: listings grow with the report
+_ANSWER_SECONDS = 120  # for one request, of which the longest sends the package
 _PATIENCE_SECONDS = 60.0  # with a cluster that does not answer
 _STOP_SECONDS = 25.0  # Ray kills a driver that has not ended 3 s after it was asked to
 _FLOW_RUN, _OUTPUT = "nafnet_flow_run", "nafnet_output"  # in a job's metadata
 
 
+class JobFailed(RuntimeError):  # noqa: N818 - the state that Ray gives it
+    """A job that its own error ended, or a person."""
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose job it is: a flow run, and the API of the server that knows it ("" for a temporary one)."""
+    """Whose job it is: a flow run, the outermost, and the API of the server that knows it ("" for a temporary one)."""
 
     flow_run: str
     api: str
+
+
+class _Client(JobSubmissionClient):
+    """Ray's own waits for an answer for ever."""
+
+    def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._do_request(*args, timeout=_ANSWER_SECONDS, **kwargs)
 
 
 def is_remote(address: str) -> bool:
@@ -54,35 +69,35 @@ def run(
     deadline: float = math.inf,
     storage: str | None = None,
     wheel: str | None = None,
-    is_over: Callable[[Owner], bool],
 ) -> dict[str, Any]:
     """Have a cluster follow the order, and hand rows (`REPORT_SCHEMA`) to `on_rows` as they appear in the output.
 
-    Jobs that a dead run left there are stopped first: those that write to this output, whose lease is ours, and those
-    of flow runs that are over. The job's id is that of the flow run. Returns what `engine.run` does.
+    The job's id is that of the flow run. Returns what `engine.run` does.
 
     Raises:
         ConnectionError: the cluster cannot be reached, or is gone.
-        RuntimeError: the job came to no end there; says why.
+        JobFailed: the job came to no end there; says why.
         TimeLimit: the clock (`time.monotonic`) has come to the deadline.
     """
     output = Store(order.job["output"])
     client = _client(address)
-    _reap(client, output.url(), is_over)
     key = f"manifest/order-{uuid4().hex[:12]}.json"
     output.write(key, json.dumps(asdict(order)).encode())
     seen = set(part_names(output))
     command = ["python", "-c", "from pipelines.driver import main; main()", output.url(), key]
-    with _unpacked(wheel) as modules:
-        job = client.submit_job(
-            entrypoint=shlex.join([*command, storage] if storage else command),
-            submission_id=_free_id(client, owner),
-            metadata={_FLOW_RUN: json.dumps(asdict(owner)), _OUTPUT: output.url()},
-            runtime_env={"py_modules": modules} if modules else None,
-        )
-    logger.info("submitted to %s as %s", address, job)
+    with _answering():
+        job = _free_id(client, owner)
     try:
+        with _unpacked(wheel) as modules, _answering():
+            client.submit_job(
+                entrypoint=shlex.join([*command, storage] if storage else command),
+                submission_id=job,
+                metadata={_FLOW_RUN: json.dumps(asdict(owner)), _OUTPUT: output.url()},
+                runtime_env={"py_modules": modules} if modules else None,
+            )
+        logger.info("submitted to %s as %s", address, job)
         while True:
+            looked = time.monotonic()
             status = _patiently(lambda: client.get_job_status(job))  # before the rows: the last ones are not missed
             fresh = [name for name in part_names(output) if name not in seen]
             for rows in read_parts(output, names=fresh):
@@ -92,11 +107,38 @@ def run(
                 break
             if time.monotonic() > deadline:
                 raise TimeLimit("the time limit was reached: run again to go on")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(max(_POLL_SECONDS, _REST * (time.monotonic() - looked)))
     except BaseException:
         _stop(client, job)
         raise
-    return _result(client, job, output, key)
+    with _answering():
+        return _result(client, job, output, key)
+
+
+def reap(address: str, output: str, is_over: Callable[[Owner], bool]) -> None:
+    """Stop the jobs that dead runs left on a cluster: those that write to this output, whose lease is the caller's, and
+    those of flow runs that are over.
+
+    Raises:
+        ConnectionError: the cluster cannot be reached, or a job that writes to the output cannot be stopped.
+    """
+    client = _client(address)
+    with _answering():
+        ours = list(_ours(client))
+    for job, owner, place in ours:
+        if place == output:
+            logger.warning("stopping job %s, which a run that is over left on the cluster", job)
+            if not _stop(client, job):
+                raise ConnectionError(f"job {job} writes to {output} and cannot be stopped: stop it on the cluster")
+            continue
+        try:
+            over = is_over(owner)
+        except Exception as error:  # noqa: BLE001 - of whoever is asked; the job is another run's matter
+            logger.warning("could not tell whether job %s is still wanted: %s", job, error)
+            continue
+        if over:
+            logger.warning("stopping job %s, whose flow run is over", job)
+            _stop(client, job)
 
 
 def version(address: str) -> str:
@@ -116,8 +158,12 @@ def _client(address: str) -> JobSubmissionClient:
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS, of another cluster, would win over the argument
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+        return _Client(address)
+    except AuthenticationError as error:
+        raise ValueError(
+            f"the cluster at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from error
+    except (OSError, RuntimeError) as error:
         raise ConnectionError(
             f"no Ray Jobs API at {address} ({str(error).partition(chr(10))[0]}): check that the head runs with a "
             "dashboard (ray[default]), the address, and that its port is open to this machine"
@@ -134,14 +180,8 @@ def _ours(client: JobSubmissionClient) -> Iterator[tuple[str, Owner, str]]:
     for job in client.list_jobs():
         known = job.metadata or {}
         if job.submission_id and _FLOW_RUN in known and not job.status.is_terminal():
-            yield job.submission_id, Owner(**json.loads(known[_FLOW_RUN])), known.get(_OUTPUT, "")
-
-
-def _reap(client: JobSubmissionClient, output: str, is_over: Callable[[Owner], bool]) -> None:
-    for job, owner, place in _ours(client):
-        if place == output or is_over(owner):
-            logger.warning("stopping job %s, which a run that is over left on the cluster", job)
-            _stop(client, job)
+            owner = json.loads(known[_FLOW_RUN])
+            yield job.submission_id, Owner(owner.get("flow_run", ""), owner.get("api", "")), known.get(_OUTPUT, "")
 
 
 def _free_id(client: JobSubmissionClient, owner: Owner) -> str:
@@ -165,6 +205,17 @@ def _unpacked(wheel: str | None) -> Iterator[list[str]]:
         yield [str(path) for path in Path(folder).iterdir()]
 
 
+@contextmanager
+def _answering() -> Iterator[None]:
+    """What the cluster's own trouble raises in Ray's client, as a ConnectionError."""
+    try:
+        yield
+    except (requests.RequestException, RuntimeError) as error:
+        if isinstance(error, JobFailed):
+            raise
+        raise ConnectionError(f"the cluster's Jobs API failed: {error}") from error
+
+
 def _patiently(ask: Callable[[], JobStatus]) -> JobStatus:
     began = time.monotonic()
     while True:
@@ -176,8 +227,8 @@ def _patiently(ask: Callable[[], JobStatus]) -> JobStatus:
             time.sleep(_POLL_SECONDS)
 
 
-def _stop(client: JobSubmissionClient, job: str) -> None:
-    """Stop a job and wait until it has ended. What goes wrong is logged: the lease ends it, too."""
+def _stop(client: JobSubmissionClient, job: str) -> bool:
+    """Stop a job and wait until it has ended; whether it has. What goes wrong is logged: the lease ends it, too."""
     try:
         client.stop_job(job)
         deadline = time.monotonic() + _STOP_SECONDS
@@ -187,10 +238,12 @@ def _stop(client: JobSubmissionClient, job: str) -> None:
             time.sleep(0.5)
     except Exception as error:  # noqa: BLE001 - it must not hide what ends the run
         logger.warning("could not stop job %s: %s", job, error)
+        return False
+    return True
 
 
 def _result(client: JobSubmissionClient, job: str, output: Store, key: str) -> dict[str, Any]:
-    """What a job that has ended came to. Raises ConnectionError or RuntimeError when it was no good end."""
+    """What a job that has ended came to. Raises ConnectionError or JobFailed when it was no good end."""
     place = outcome_key(key)
     if output.exists(place):
         outcome = Outcome(**json.loads(output.read(place)))
@@ -198,8 +251,11 @@ def _result(client: JobSubmissionClient, job: str, output: Store, key: str) -> d
             return outcome.cluster
         if outcome.passing:
             raise ConnectionError(f"job {job}: {outcome.error}")
-        raise RuntimeError(f"job {job}: {outcome.error}")
+        raise JobFailed(f"job {job}: {outcome.error}")
     info = client.get_job_info(job)
     if info.status == JobStatus.STOPPED:
-        raise RuntimeError(f"job {job} was stopped on the cluster: run again to go on")
-    raise RuntimeError(f"job {job} {info.status.lower()}: {info.message}")  # with the end of its log
+        raise JobFailed(f"job {job} was stopped on the cluster: run again to go on")
+    words = f"job {job} {info.status.lower()}: {info.message}"  # with the end of its log
+    if info.driver_exit_code == 1:  # Python's own, as when the package is not there
+        raise JobFailed(words)
+    raise ConnectionError(words)

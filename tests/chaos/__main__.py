@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # as the command has it, for the cluster that it joins
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # of the cluster that commands join
 
 from ray.cluster_utils import Cluster
 

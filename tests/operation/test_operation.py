@@ -188,9 +188,15 @@ def test_a_deployment_runs_and_shows_what_it_did(console: Console, client: SyncP
     assert not [one for one in kept if any(secret in one for secret in secrets)]
 
 
-def test_a_bad_parameter_is_refused_before_there_is_a_run(console: Console) -> None:
+def test_bad_parameters_are_refused_before_there_is_a_run(console: Console, client: SyncPrefectClient) -> None:
     with pytest.raises(RuntimeError, match="2 is greater than the maximum of 1"):
         console.run(BIN / "prefect", "deployment", "run", "restore/gopro", "--param", "strength=2")
+    deployment = client.read_deployment_by_name("restore/gopro")  # and the form asks for all that is wrong at once
+    values = {**deployment.parameters, "strength": 2, "halo": -1, "precision": "int4"}
+    asked = {"json_schema": deployment.parameter_openapi_schema, "values": values}
+    said = client.request("POST", "/ui/schemas/validate", json=asked).json()
+    assert not said["valid"]
+    assert {"strength", "halo", "precision"} <= {one["property"] for one in said["errors"]}
 
 
 def test_a_cancelled_run_frees_the_cluster_and_goes_on(
