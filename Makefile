@@ -14,7 +14,7 @@ demo: $(VENV)/.demo ## Restore real photographs with the bundled weights; result
 	@$(BIN)/nafnet demo demo-output
 
 test: $(VENV)/.dev ## Run all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadscope
 
 check: $(VENV)/.dev ## Lint, format, strict types, import rules, known vulnerabilities
 	@$(BIN)/ruff check .

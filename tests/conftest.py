@@ -4,10 +4,12 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
@@ -20,6 +22,25 @@ from nafnet.model import NetConfig, Network
 
 GOPRO_LIKE = NetConfig(width=8, enc_blocks=(1, 1, 1, 4), middle_blocks=1, dec_blocks=(1, 1, 1, 1))
 SIDD_LIKE = NetConfig(width=8, enc_blocks=(2, 2, 1, 1), middle_blocks=2, dec_blocks=(1, 1, 2, 2))
+
+
+# Each with a costly fixture that its tests share: one worker takes all of a file's.
+_TOGETHER = {"tests/operation/test_operation.py", "tests/nafnet/test_train.py", "tests/pipelines/test_hostile.py"}
+_LONGEST = {"tests/test_readme.py", "tests/chaos/test_chaos.py"}  # begun first, lest one worker waits for the other
+
+
+class _Scheduler(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file in _TOGETHER else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in _LONGEST)
 
 
 def random_network(config: NetConfig, seed: int = 0) -> Network:

@@ -25,9 +25,6 @@ RECIPE = TrainRecipe(
 )
 
 
-pytestmark = pytest.mark.xdist_group("train")  # one training for all
-
-
 class PowerCutError(Exception):
     """Raised in the middle of a training."""
 

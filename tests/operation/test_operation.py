@@ -27,8 +27,6 @@ from pipelines.report import read_rows
 from pipelines.storage import Store
 from tests.pipelines.conftest import free_port
 
-pytestmark = pytest.mark.xdist_group("operation")  # one console, its tests in their order
-
 IDLE_SECONDS = 30  # after a run was stopped, within which its cluster must be free again
 
 

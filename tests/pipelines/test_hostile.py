@@ -34,8 +34,6 @@ from pipelines.storage import Store, readable
 from tests.conftest import random_network, save_published
 from tests.peak import peak_bytes
 
-pytestmark = pytest.mark.xdist_group("hostile")  # one collection for all
-
 MAX_PIXELS = 1_000_000
 # Of decoding and restoring the largest image allowed; a hostile file that gets more is one that was believed.
 MAX_GROWTH = 250 * 2**20
