@@ -308,7 +308,11 @@ def _first_pass(
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         stages = _stages(_blocks(part, pool.most, work.threads), work, pool)
     seen: set[str] = set()
-    batches: Iterable[pa.Table] = stages.iter_batches(batch_size=None, batch_format="pyarrow")
+    batches: Iterable[pa.Table] = stages.iter_batches(
+        prefetch_batches=0,  # else a block is kept back until the next one is there
+        batch_size=None,
+        batch_format="pyarrow",
+    )
     for rows in _until(deadline, batches):
         fresh = rows.cast(REPORT_SCHEMA).filter(
             pa.array([key not in seen for key in rows["key"].to_pylist()], pa.bool_())

@@ -191,7 +191,7 @@ def test_bad_parameters_are_refused_before_there_is_a_run(console: Console, clie
         console.run(BIN / "prefect", "deployment", "run", "restore/gopro", "--param", "strength=2")
     deployment = client.read_deployment_by_name("restore/gopro")  # and the form asks for all that is wrong at once
     values = {**deployment.parameters, "strength": 2, "halo": -1, "precision": "int4"}
-    asked = {"json_schema": deployment.parameter_openapi_schema, "values": values}
+    asked = {"schema": deployment.parameter_openapi_schema, "values": values}
     said = client.request("POST", "/ui/schemas/validate", json=asked).json()
     assert not said["valid"]
     assert {"strength", "halo", "precision"} <= {one["property"] for one in said["errors"]}
