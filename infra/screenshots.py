@@ -1,6 +1,6 @@
 """Pictures of a run for the docs: `python -m infra.screenshots DIR`, while `make up` runs. Needs Chromium.
 
-Starts restore/gopro with the bundled weights, waits for its end, and takes the Prefect pages of the run and the report.
+Starts restore/folder on the noisy photographs, with their originals to score against, waits for its end, and takes the Prefect pages of the run and the report.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from infra.console import BUCKET, ROOT, Console
 
 _WAIT_MS = 60_000  # that a page may take to fetch and draw what it shows
-_COLOURS = 64  # of a picture: pages are flat, and small files suit a repository
+_COLOURS = 256  # of a picture: pages are flat, and small files suit a repository
 
 
 def main() -> None:
@@ -35,16 +35,17 @@ def main() -> None:
         sys.exit(f"no console runs in {options.home}: make up")
     ui = f"http://127.0.0.1:{console.ports['prefect']}"
     with temporary_settings({PREFECT_API_URL: f"{ui}/api"}), get_client(sync_client=True) as client:
-        run = run_deployment("restore/gopro", parameters={"checkpoint": "demo", "fresh": True}, timeout=300)
-        deployment = client.read_deployment_by_name("restore/gopro").id
+        originals = str(console.home / "photos" / "original")
+        run = run_deployment("restore/folder", parameters={"reference": originals, "fresh": True}, timeout=300)
+        deployment = client.read_deployment_by_name("restore/folder").id
         of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
         shown = {one.key: one.id for one in client.read_artifacts(artifact_filter=of_run)}
     options.folder.mkdir(parents=True, exist_ok=True)
-    report = options.home.absolute() / "s3" / BUCKET / "restored" / "gopro" / "report.html"
+    report = options.home.absolute() / "s3" / BUCKET / "restored" / "incoming" / "report.html"
     pages = {
         "run": (f"{ui}/runs/flow-run/{run.id}", 1300),
         "sheet": (f"{ui}/artifacts/artifact/{shown['sheet']}", 900),
-        "history": (f"{ui}/artifacts/artifact/{shown['history-gopro']}", 500),
+        "history": (f"{ui}/artifacts/artifact/{shown['history-folder']}", 500),
         "form": (f"{ui}/deployments/deployment/{deployment}/run", 2000),
         "report": (f"file://{report}", 2600),
     }
