@@ -1,6 +1,7 @@
 """Pictures of a run for the docs: `python -m infra.screenshots DIR`, while `make up` runs. Needs Chromium.
 
-Starts restore/folder on the noisy photographs, with their originals to score against, waits for its end, and takes the Prefect pages of the run and the report.
+Starts restore/folder on the noisy photographs with their originals to score against, waits for its end, and takes the
+Prefect pages of the run and the report.
 """
 
 import argparse
