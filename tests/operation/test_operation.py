@@ -34,9 +34,9 @@ IDLE_SECONDS = 30  # after a run was stopped, within which its cluster must be f
 def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
     """Everything that `make up` starts, and a second Ray node."""
     home = tmp_path_factory.mktemp("console")
-    home.parent.chmod(0o755)  # PostgreSQL runs as another user
-    home.parent.parent.chmod(0o755)
-    home.chmod(0o755)
+    for folder in (home, *home.parents):
+        if folder.name.startswith(("console", "pytest-", "popen-")):
+            folder.chmod(0o755)  # PostgreSQL runs as another user
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(consoles, "_PORTS", {name: free_port() for name in consoles._PORTS})
         try:
@@ -112,7 +112,7 @@ def is_final(client: SyncPrefectClient, run: UUID) -> bool:
     return state is not None and state.is_final()
 
 
-def ended(client: SyncPrefectClient, run: UUID, seconds: float = 150) -> FlowRun:
+def ended(client: SyncPrefectClient, run: UUID, seconds: float = 300) -> FlowRun:
     until(lambda: is_final(client, run), seconds)
     return client.read_flow_run(run)
 
@@ -133,7 +133,7 @@ def rows(console: Console, output: str) -> list[dict[str, Any]]:
 def begun(console: Console, output: str) -> None:
     """Wait until a run is in the middle: it has written images, and not all."""
     images = console.home / "s3" / consoles.BUCKET / "restored" / output / "images"
-    until(lambda: len([*images.rglob("*.png")]) >= 2, 120)
+    until(lambda: len([*images.rglob("*.png")]) >= 2, 300)
 
 
 def logs(client: SyncPrefectClient, run: UUID) -> list[str]:
@@ -219,7 +219,7 @@ def test_a_deployment_runs_beside_another(console: Console, client: SyncPrefectC
         client, "restore/gopro", checkpoint=["demo", "demo", "demo"], self_ensemble=True,
         output="s3://nafnet/restored/long",
     )  # fmt: skip
-    until(lambda: cluster(console)[1] >= 1, 120)
+    until(lambda: cluster(console)[1] >= 1, 300)
     short = start(
         client, "restore/folder", output="s3://nafnet/restored/short", reference=str(console.home / "photos/original"),
         limit=2,
@@ -266,14 +266,14 @@ def test_a_job_that_a_dead_run_left_is_stopped_by_the_next_and_that_by_cancellin
 ) -> None:
     left = {"checkpoint": "demo", "output": "s3://nafnet/restored/left", "ray_address": jobs_address(console)}
     dead = start(client, "restore/gopro", **left)
-    until(lambda: jobs(console).get(f"restore-{dead}") == "RUNNING", 120)
+    until(lambda: jobs(console).get(f"restore-{dead}") == "RUNNING", 300)
     for pid in [console.pids["worker"][0], *processes_of(dead)]:  # nobody is left who could stop it
         os.kill(pid, signal.SIGKILL)
     assert jobs(console)[f"restore-{dead}"] == "RUNNING"
     client.set_flow_run_state(dead, Crashed(message="its worker is gone"), force=True)  # a deployment runs once
     consoles.worker(console)
     run = start(client, "restore/gopro", **left)
-    until(lambda: jobs(console).get(f"restore-{run}") == "RUNNING", 120)
+    until(lambda: jobs(console).get(f"restore-{run}") == "RUNNING", 300)
     assert jobs(console)[f"restore-{dead}"] == "STOPPED"
     client.set_flow_run_state(run, Cancelling())
     until(lambda: jobs(console)[f"restore-{run}"] == "STOPPED", IDLE_SECONDS)
