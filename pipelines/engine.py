@@ -11,12 +11,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side writes to stderr past any logger
 # Threads of the network that wait for one another spin: on a core that another stage wants, longer than they compute.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Memory that is given back to the system after each image comes back as page faults, a tenth of an image's time. Blocks
+# Memory that is given back to the system after each image comes back as page faults, 5 to 9 percent of an image's time. Blocks
 # above 32 MiB, glibc's largest threshold, still go back at once.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset it warns at each start
+os.environ.setdefault(
+    "RAY_ACCEL_ENV_VARTIME_IS_UPRIDE_ON_ZERO", "0"
+)  # the coming default; unset it warns at each start
 
 import logging
 import math
@@ -64,7 +66,7 @@ _BLOCKS_PER_ACTOR = 4  # at least, so that all end at about the same time
 # CPUs that a task of reading or of writing reserves: other than an actor's, or they would be fused into it, and little,
 # so that on few cores two tasks can score while the network waits for images.
 _SCARCE = 0.25
-_OVER = "the time limit was reached: run again to go on"
+TIME_IS_UP = "the time limit was reached: run again to go on"
 _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
 _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
@@ -342,7 +344,7 @@ def _until(deadline: float, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
         try:
             item = came.get(timeout=max(0.0, deadline - time.monotonic()))
         except Empty:
-            raise TimeLimit(_OVER) from None
+            raise TimeLimit(TIME_IS_UP) from None
         if item is None:
             return
         if isinstance(item, Exception):
@@ -383,7 +385,7 @@ def _each_alone(lost: pa.Table, work: Work, pool: Pool, deadline: float) -> Iter
         left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         ended, _ = ray.wait(list(under_way), timeout=left)
         if not ended:
-            raise TimeLimit(_OVER)
+            raise TimeLimit(TIME_IS_UP)
         done = ended[0]
         single = under_way.pop(done)
         try:

@@ -22,7 +22,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipelines.driver import Order, Outcome, outcome_key
-from pipelines.engine import TimeLimit
+from pipelines.engine import TIME_IS_UP, TimeLimit
 from pipelines.report import part_names, read_parts
 from pipelines.storage import Store
 
@@ -106,7 +106,7 @@ def run(
             if status.is_terminal():
                 break
             if time.monotonic() > deadline:
-                raise TimeLimit("the time limit was reached: run again to go on")
+                raise TimeLimit(TIME_IS_UP)
             time.sleep(max(_POLL_SECONDS, _REST * (time.monotonic() - looked)))
     except BaseException:
         _stop(client, job)

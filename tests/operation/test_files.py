@@ -1,6 +1,5 @@
 """What is written for machines that are not here, held to the schemas of those that would read it."""
 
-import json
 import re
 import subprocess
 import sys
@@ -14,8 +13,6 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from infra.console import ROOT
 from pipelines import flows
-from pipelines.engine import _STAGES
-from pipelines.records import Status
 
 INFRA = ROOT / "infra"
 BIN = Path(sys.executable).parent
@@ -83,11 +80,3 @@ def test_deployments_name_flows_and_parameters_that_there_are() -> None:
         assert all(schedule["active"] is False for schedule in deployment["schedules"])
         assert deployment["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
     assert names == {"restore/gopro", "restore/sidd", "restore/reds", "restore/folder", "benchmark/paper"}
-
-
-def test_the_dashboard_asks_for_what_is_counted() -> None:
-    dashboard = json.loads((INFRA / "grafana.json").read_text())
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    assert all(one.count("(") == one.count(")") and one.count("{") == one.count("}") for one in asked)
-    assert Status.RESTORED in next(one for one in asked if "status!=" in one)
-    assert set(_STAGES.values()) == {"fetch", "network", "finish"}

@@ -228,7 +228,9 @@ def test_a_deployment_runs_beside_another(console: Console, client: SyncPrefectC
     assert not is_final(client, long)
     client.set_flow_run_state(long, Cancelling())
     idle(console)
-    assert ended(client, long, 60)
+    state = ended(client, long, 60).state
+    assert state is not None
+    assert state.is_cancelled()
 
 
 def test_a_run_ends_at_its_time_limit(console: Console, client: SyncPrefectClient) -> None:
