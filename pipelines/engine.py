@@ -11,14 +11,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side writes to stderr past any logger
 # Threads of the network that wait for one another spin: on a core that another stage wants, longer than they compute.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Memory that is given back to the system after each image comes back as page faults, 5 to 9 percent of an image's time. Blocks
-# above 32 MiB, glibc's largest threshold, still go back at once.
+# Memory that is given back to the system after each image comes back as page faults: 5 to 9 percent of an image's time.
+# Blocks above 32 MiB, glibc's largest threshold, still go back at once.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
-os.environ.setdefault(
-    "RAY_ACCEL_ENV_VARTIME_IS_UPRIDE_ON_ZERO", "0"
-)  # the coming default; unset it warns at each start
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset it warns at each start
 
 import logging
 import math
