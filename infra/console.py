@@ -217,6 +217,7 @@ def _ray(console: Console) -> None:
     address = (
         "--node-ip-address", "127.0.0.1", "--port", port, "--metrics-export-port", console.ports["metrics"],
         "--dashboard-host", "127.0.0.1", "--dashboard-port", console.ports["dashboard"],
+        "--dashboard-agent-listen-port", 0,  # the usual one may be another Ray's: this one would then take no jobs
     )  # fmt: skip
     console.start("ray", BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", *address)
     jobs = f"http://127.0.0.1:{console.ports['dashboard']}/api/jobs/"

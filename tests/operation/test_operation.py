@@ -42,7 +42,8 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
         try:
             console = consoles.up(home)
             second = ("--address", console.environment["RAY_ADDRESS"], "--node-ip-address", "127.0.0.1")
-            console.start("ray-2", BIN / "ray", "start", "--block", "--disable-usage-stats", "--num-cpus", 2, *second)
+            second += ("--num-cpus", "2", "--dashboard-agent-listen-port", "0")
+            console.start("ray-2", BIN / "ray", "start", "--block", "--disable-usage-stats", *second)
             until(lambda: cluster(console)[0] == 2, 60)
             yield console
         finally:

@@ -214,7 +214,8 @@ class SlowActor(RestoreActor):
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         time.sleep(0.4 * len(batch))
-        self.worker = ray.get_runtime_context().get_node_id()
+        if ray.is_initialized():  # not where an image is tried alone
+            self.worker = ray.get_runtime_context().get_node_id()
         return super().__call__(batch)
 
 
