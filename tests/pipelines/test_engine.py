@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -26,7 +27,6 @@ from pipelines.engine import Cluster, Placement, Pool, this_machine
 from pipelines.manifest import plan
 from pipelines.settings import RestoreJob
 from pipelines.stages import RestoreActor, Row, Work, fetch, finish
-from pipelines.storage import Store
 from tests.pipelines.conftest import free_port
 
 
@@ -63,6 +63,22 @@ def _die_on(doing: str, keys: list[str]) -> None:
             time.sleep(60)
 
 
+GREY = encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG"))
+
+
+def job_on(
+    home: Path, checkpoint: Path, files: dict[str, bytes], *, output: str = "out", **options: Any
+) -> tuple[Iterator[pa.Table], Work]:
+    """The parts and the work of a job on these files."""
+    (home / "in").mkdir(exist_ok=True)
+    for name, data in files.items():
+        (home / "in" / name).write_bytes(data)
+    job = RestoreJob(source=str(home / "in"), output=str(home / output))
+    recipe = Restorer.load(checkpoint, **options).recipe
+    work = Work(job.source, None, job.output, (str(checkpoint),), recipe, "stored", "cpu", 10**6)
+    return plan(job, recipe.hash, "stored").tables(), work
+
+
 def test_what_kills_its_process_is_found_after_two_deaths_and_the_rest_is_restored(
     tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,19 +88,14 @@ def test_what_kills_its_process_is_found_after_two_deaths_and_the_rest_is_restor
         "kills to write SIGBUS.png": "killed by SIGBUS",
     }
     names = [f"{i:02d}.png" for i in range(16)] + ["with a bug.png", *deadly]
-    (tmp_path / "in").mkdir()
-    for name in names:
-        (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
-    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
-    recipe = Restorer.load(checkpoint_file).recipe
-    work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
+    parts, work = job_on(tmp_path, checkpoint_file, dict.fromkeys(names, GREY))
     monkeypatch.setattr(engine, "RestoreActor", PoisonedActor)
     monkeypatch.setattr(engine, "fetch", poisoned_fetch)
     monkeypatch.setattr(engine, "finish", poisoned_finish)
     monkeypatch.setattr(engine, "_BLOCK_ROWS", 4)  # the poison has innocent neighbours
     monkeypatch.setenv("DEATHS", str(tmp_path / "deaths"))
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
-    [pairs] = plan(job, recipe.hash, "stored").tables()
+    [pairs] = parts
     got: list[pa.Table] = []
     done_by = engine.run([pairs.slice(0, 8), pairs.slice(8)], work, Placement(), got.append)
     assert done_by["nodes"] == 1
@@ -111,18 +122,15 @@ def test_a_deterministic_recipe_gives_the_same_bits_from_any_number_of_actors(
     tmp_path: Path, checkpoint_file: Path, four_cpus: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "_BLOCK_ROWS", 1)  # something for each actor
-    (tmp_path / "in").mkdir()
-    for i in range(6):
-        # Floats, so that rounding hides nothing; in this size the bits would hang on the number of threads.
-        pixels = rng.random((120, 460, 3), dtype=np.float32)
-        (tmp_path / "in" / f"{i}.tif").write_bytes(encode(Picture(pixels, "TIFF")))
-    recipe = Restorer.load(checkpoint_file, tile="whole", deterministic=True).recipe
+    # Floats, so that rounding hides nothing; in this size the bits would hang on the number of threads.
+    pictures = [Picture(rng.random((120, 460, 3), dtype=np.float32), "TIFF") for _ in range(6)]
+    files = {f"{i}.tif": encode(picture) for i, picture in enumerate(pictures)}
     made, workers, threads = [], [], []
     for run, actors in enumerate((1, 4)):
-        job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / f"out{run}"))
-        work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
+        options = {"tile": "whole", "deterministic": True}
+        parts, work = job_on(tmp_path, checkpoint_file, files, output=f"out{run}", **options)
         got: list[pa.Table] = []
-        done_by = engine.run(plan(job, recipe.hash, "stored").tables(), work, Placement(four_cpus, actors), got.append)
+        done_by = engine.run(parts, work, Placement(four_cpus, actors), got.append)
         rows = pa.concat_tables(got)
         assert Counter(rows["status"].to_pylist()) == {"restored": 6}
         workers.append(len(set(rows["worker"].to_pylist())))
@@ -222,13 +230,8 @@ class SlowActor(RestoreActor):
 def test_a_pool_grows_with_the_cluster_and_outlives_a_node_that_leaves(
     tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "in").mkdir()
     names = [f"{i:03d}.png" for i in range(100)]  # Ray Data looks for new nodes every 20 s
-    for name in names:
-        (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
-    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
-    recipe = Restorer.load(checkpoint_file).recipe
-    work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
+    parts, work = job_on(tmp_path, checkpoint_file, dict.fromkeys(names, GREY))
     monkeypatch.setattr(engine, "RestoreActor", SlowActor)
     monkeypatch.setattr(engine, "_BLOCK_ROWS", 1)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -247,7 +250,7 @@ def test_a_pool_grows_with_the_cluster_and_outlives_a_node_that_leaves(
 
     try:
         where = Placement(cluster.address, actors=1, max_actors=3, gpus_per_actor=1)
-        engine.run(plan(job, recipe.hash, "stored").tables(), work, where, on_rows)
+        engine.run(parts, work, where, on_rows)
     finally:
         cluster.shutdown()
     rows = pa.concat_tables(got)
@@ -258,13 +261,9 @@ def test_a_pool_grows_with_the_cluster_and_outlives_a_node_that_leaves(
 
 def test_metrics_count_what_comes_back(tmp_path: Path, checkpoint_file: Path) -> None:
     """As Prometheus would see them, under the names that the dashboard asks for."""
-    (tmp_path / "in").mkdir()
-    for name in ("a.png", "b.png"):
-        (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((50, 80, 3), 90, np.uint8), "PNG")))
-    (tmp_path / "in" / "c.png").write_bytes(b"no picture")
-    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
-    recipe = Restorer.load(checkpoint_file).recipe
-    work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
+    picture = encode(Picture(np.full((50, 80, 3), 90, np.uint8), "PNG"))
+    files = {"a.png": picture, "b.png": picture, "c.png": b"no picture"}
+    parts, work = job_on(tmp_path, checkpoint_file, files)
     port = free_port()
     cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2, "metrics_export_port": port})
     seen: dict[str, float] = {}
@@ -279,7 +278,7 @@ def test_metrics_count_what_comes_back(tmp_path: Path, checkpoint_file: Path) ->
 
     got: list[pa.Table] = []
     try:
-        engine.run(plan(job, recipe.hash, "stored").tables(), work, Placement(cluster.address), on_rows)
+        engine.run(parts, work, Placement(cluster.address), on_rows)
     finally:
         cluster.shutdown()
     assert seen == {"restored": 2, "unreadable": 1, "megapixels": pytest.approx(0.008)}
@@ -316,16 +315,11 @@ class StillbornActor(RestoreActor):
 def test_images_whose_actors_never_were_are_restored_alone(
     tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "in").mkdir()
-    for name in ("a.png", "b.png"):
-        (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
-    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
-    recipe = Restorer.load(checkpoint_file).recipe
-    work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
+    parts, work = job_on(tmp_path, checkpoint_file, {"a.png": GREY, "b.png": GREY})
     monkeypatch.setattr(engine, "RestoreActor", StillbornActor)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     got: list[pa.Table] = []
-    engine.run(plan(job, recipe.hash, "stored").tables(), work, Placement(), got.append)
+    engine.run(parts, work, Placement(), got.append)
     assert "the actors came to nothing" in caplog.text
     rows = pa.concat_tables(got)
     assert dict(zip(rows["key"].to_pylist(), rows["status"].to_pylist(), strict=True)) == {
@@ -335,13 +329,9 @@ def test_images_whose_actors_never_were_are_restored_alone(
 
 
 def test_a_job_that_can_process_nothing_raises_what_it_met(tmp_path: Path, checkpoint_file: Path) -> None:
-    (tmp_path / "in").mkdir()
-    for name in ("a.png", "b.png"):
-        (tmp_path / "in" / name).write_bytes(encode(Picture(np.full((32, 32, 3), 90, np.uint8), "PNG")))
-    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
-    recipe = Restorer.load(checkpoint_file).recipe
-    work = Work(job.source, None, job.output, (str(checkpoint_file),), recipe, "stored", "cpu", 10**6)
-    pairs = plan(job, recipe.hash, "stored", place=Store(str(tmp_path / "plan"))).tables()
+    parts, work = job_on(tmp_path, checkpoint_file, {"a.png": GREY, "b.png": GREY})
+    pairs = [*parts]  # they lie in the output folder
+    shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").write_bytes(b"a file where the output folder should be")
     with pytest.raises(RuntimeError, match=r"no image could be processed; one met .*writing it"):
         engine.run(pairs, work, Placement(), lambda _: None)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -214,6 +215,7 @@ def test_pages_of_s3_follow_one_another(s3_url: str, s3_folder: Path, tmp_path: 
     names = [f"{i:04d}.png" for i in range(2100)]
     for name in names:
         (folder / name).write_bytes(b"")
+    time.sleep(1.5)  # the server looks into its folders once a second
     assert [entry.key for entry in Store(f"{s3_url}/{tmp_path.name}").list()] == names
 
 
