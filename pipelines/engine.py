@@ -39,6 +39,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray import cloudpickle
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RaySystemError, RayTaskError
 from ray.util.metrics import Counter, Histogram
@@ -68,7 +69,7 @@ TIME_IS_UP = "the time limit was reached: run again to go on"
 _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
 _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
-_TOKEN = secrets.token_hex(32)  # one for a process: Ray reads it once
+_TOKEN = secrets.token_hex(32)
 _REACH_SECONDS = 10  # for a head to take a connection
 _SETTLE_SECONDS = 3  # in which what a job has just given back counts as free
 _WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
@@ -192,6 +193,9 @@ def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
         for name, value in kept.items():  # Ray sets the mode, too
             if value is None:
                 os.environ.pop(name, None)
+        # What it has read of them stays in force: the next cluster, which may ask for no token, could not call back.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _look() -> Cluster:

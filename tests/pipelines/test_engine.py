@@ -135,8 +135,8 @@ def test_a_deterministic_recipe_gives_the_same_bits_from_any_number_of_actors(
         assert Counter(rows["status"].to_pylist()) == {"restored": 6}
         workers.append(len(set(rows["worker"].to_pylist())))
         threads.append(done_by["threads"])
-        files = sorted((tmp_path / f"out{run}" / "images").iterdir())
-        made.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
+        written = sorted((tmp_path / f"out{run}" / "images").iterdir())
+        made.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written})
     assert threads == [4, 1]
     assert workers[0] == 1
     assert workers[1] > 1

@@ -125,7 +125,7 @@ def test_a_run_whose_lease_was_taken_stops_and_leaves_it_alone(output: Store, mo
     with hold(output, "run") as held:
         held.check()
         output.write(lease.KEY, other.encode())
-        for _ in range(100):
+        for _ in range(400):
             time.sleep(0.05)
             if held._lost:
                 break
@@ -155,7 +155,7 @@ def test_a_held_lease_is_renewed(output: Store, monkeypatch: pytest.MonkeyPatch)
     with hold(output, "run"):
         first = read(output)
         assert first is not None
-        for _ in range(100):
+        for _ in range(400):
             time.sleep(0.05)
             now = read(output)
             assert now is not None
