@@ -39,7 +39,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray import cloudpickle
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RaySystemError, RayTaskError
 from ray.util.metrics import Counter, Histogram
