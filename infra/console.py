@@ -66,11 +66,14 @@ class Console:
 
     def start(self, name: str, *command: object, user: str | None = None) -> None:
         """Start a process of its own session, its output in NAME.log."""
+        # A shell that starts us in the background has SIGINT ignored, with which a worker stops itself.
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
         with (self.home / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [str(word) for word in command], cwd=self.home, env={**os.environ, **self.environment}, user=user,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+        signal.signal(signal.SIGINT, on_interrupt)
         self.pids[name] = (process.pid, _since(process.pid))
         self.save()
 
