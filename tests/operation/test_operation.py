@@ -316,7 +316,8 @@ def test_a_deployment_that_degrades_is_paused_by_the_page_s_automation(
     )  # fmt: skip
     complete(client, weaker)
     until(lambda: client.read_deployment_by_name("restore/folder").paused, 30)
-    assert {"restore.started", "restore.progress", "restore.completed", "restore.degraded"} <= events(console)
+    told = {"restore.started", "restore.progress", "restore.completed", "restore.degraded"}
+    until(lambda: told <= events(console), 60)  # automations hear of them before the server has stored them
 
 
 def events(console: Console) -> set[str]:
