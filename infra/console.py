@@ -67,7 +67,7 @@ class Console:
     def start(self, name: str, *command: object, user: str | None = None) -> None:
         """Start a process of its own session, its output in NAME.log."""
         # A shell that starts us in the background has SIGINT ignored, with which a worker stops itself.
-        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
         with (self.home / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [str(word) for word in command], cwd=self.home, env={**os.environ, **self.environment}, user=user,

@@ -317,17 +317,12 @@ def _first_pass(
         batch_size=None,
         batch_format="pyarrow",
     )
-    try:
-        for rows in _until(deadline, batches):
-            fresh = rows.cast(REPORT_SCHEMA).filter(
-                pa.array([key not in seen for key in rows["key"].to_pylist()], pa.bool_())
-            )
-            seen.update(fresh["key"].to_pylist())
-            on_rows(fresh)
-    except RayActorError as error:
-        if error.actor_init_failed:  # the job's own fault
-            raise
-        logger.warning("the actors came to nothing: %s", error)  # Ray restarts none that it has given up
+    for rows in _until(deadline, batches):
+        fresh = rows.cast(REPORT_SCHEMA).filter(
+            pa.array([key not in seen for key in rows["key"].to_pylist()], pa.bool_())
+        )
+        seen.update(fresh["key"].to_pylist())
+        on_rows(fresh)
     return part.filter(pa.array([key not in seen for key in part["key"].to_pylist()], pa.bool_()))
 
 

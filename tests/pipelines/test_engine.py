@@ -302,32 +302,6 @@ def scraped(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in [*found, *(("megapixels", size) for size in sizes)]}
 
 
-class StillbornActor(RestoreActor):
-    """Is killed for good before it is ready, as an actor that Ray has given up."""
-
-    def __init__(self, work: Work) -> None:
-        if ray.is_initialized():  # not where an image is tried alone
-            ray.kill(ray.get_runtime_context().current_actor)
-            time.sleep(60)
-        super().__init__(work)
-
-
-def test_images_whose_actors_never_were_are_restored_alone(
-    tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    parts, work = job_on(tmp_path, checkpoint_file, {"a.png": GREY, "b.png": GREY})
-    monkeypatch.setattr(engine, "RestoreActor", StillbornActor)
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    got: list[pa.Table] = []
-    engine.run(parts, work, Placement(), got.append)
-    assert "the actors came to nothing" in caplog.text
-    rows = pa.concat_tables(got)
-    assert dict(zip(rows["key"].to_pylist(), rows["status"].to_pylist(), strict=True)) == {
-        "a.png": "restored",
-        "b.png": "restored",
-    }
-
-
 def test_a_job_that_can_process_nothing_raises_what_it_met(tmp_path: Path, checkpoint_file: Path) -> None:
     parts, work = job_on(tmp_path, checkpoint_file, {"a.png": GREY, "b.png": GREY})
     pairs = [*parts]  # they lie in the output folder
