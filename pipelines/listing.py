@@ -17,6 +17,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from pipelines.arrow import arrow_file
 from pipelines.storage import Entry, StorageError, Store, UnsafeKey, check_key, readable
 
 ROWS = 50_000  # that are Python objects at once: a million of those would take a gigabyte
@@ -97,7 +98,7 @@ def read_listing(url: str) -> Listing:
     store = Store(home or "/")
     try:
         data = store.read(name)
-        table = _READERS[posixpath.splitext(name)[1].lower()](pa.BufferReader(data))
+        table = _READERS[posixpath.splitext(name)[1].lower()](arrow_file(data))
     except FileNotFoundError as error:
         raise StorageError(f"no list of pairs at {store.url(name)}") from error
     except (pa.ArrowException, OSError) as error:

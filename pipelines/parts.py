@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.arrow import arrow_file
 from pipelines.records import REPORT_SCHEMA, WRITTEN
 from pipelines.report import part_names, read_parts
 from pipelines.storage import Store
@@ -33,7 +34,7 @@ def write_parquet(output: Store, key: str, table: pa.Table) -> None:
 
 def read_parquet(output: Store, key: str) -> pa.Table:
     """Read what `write_parquet` wrote."""
-    return pq.read_table(pa.BufferReader(output.read(key)))
+    return pq.read_table(arrow_file(output.read(key)))
 
 
 class PartWriter:

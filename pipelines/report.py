@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from nafnet.conventions import Convention
 from nafnet.recipe import Recipe
+from pipelines.arrow import arrow_file
 from pipelines.listing import mapped
 from pipelines.records import REPORT_SCHEMA, Status
 from pipelines.storage import Store
@@ -111,7 +112,7 @@ def read_parts(
 def _read_part(store: Store, name: str, columns: list[str], recipe: str | None, keys: pa.Array | None) -> pa.Table:
     data = store.read(name)
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(arrow_file(data))
         there = file.schema_arrow.names
         if lacking := [field.name for field in REPORT_SCHEMA if not field.nullable and field.name not in there]:
             raise KeyError(f"it lacks {', '.join(lacking)}")

@@ -1,5 +1,6 @@
 """The one writer of report rows, and what becomes of its parts."""
 
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines import parts
+from pipelines.arrow import arrow_file
 from pipelines.parts import Folded, PartWriter, read_parquet, write_parquet
 from pipelines.records import REPORT_SCHEMA
 from pipelines.report import part_names, read_parts, read_rows, summarize
@@ -42,6 +44,14 @@ def test_rows_are_kept_when_the_run_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         run_that_fails()
     assert read_rows(store)["key"].to_pylist() == ["a", "b"]
+
+
+def test_arrow_holds_nothing_of_the_interpreter_s_when_the_process_ends() -> None:
+    data = bytes(bytearray(1000))
+    before = sys.getrefcount(data)
+    file = arrow_file(data)
+    assert sys.getrefcount(data) == before
+    assert file.read() == data
 
 
 def write(store: Store, name: str, part: pa.Table) -> None:
