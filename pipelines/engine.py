@@ -62,6 +62,7 @@ class TimeLimit(TimeoutError):  # noqa: N818 - it names what was reached
 _BLOCK_BYTES = 8 * 2**20  # of encoded images
 _BLOCK_ROWS = 256
 _BLOCKS_PER_ACTOR = 4  # at least, so that all end at about the same time
+_BLOCKS_AT_ONCE = 2  # in an actor, and as many wait there, at which Ray Data lets the pool grow
 # CPUs that a task of reading or of writing reserves: other than an actor's, or they would be fused into it, and little,
 # so that on few cores two tasks can score while the network waits for images.
 _SCARCE = 0.25
@@ -470,7 +471,13 @@ def _stages(blocks: list[pa.Table], work: Work, pool: Pool) -> Dataset:
             fn_constructor_args=(work,),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=pool.actors, max_size=pool.most, initial_size=pool.actors),
+            compute=ActorPoolStrategy(
+                min_size=pool.actors,
+                max_size=pool.most,
+                initial_size=pool.actors,
+                max_concurrent_calls_per_actor=_BLOCKS_AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             max_restarts=-1,

@@ -12,9 +12,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
+from threading import Condition, Lock
 from typing import Any
 
 import numpy as np
@@ -197,6 +199,41 @@ def load_restorer(
     return Restorer([found.network for found in loaded], recipe, device=device, memory=memory)
 
 
+class _Threads:
+    """The threads of an actor, shared out among the calls of the network that are under way."""
+
+    def __init__(self, count: int) -> None:
+        self.all = self._free = count
+        self._expected = 0
+        self._changed = Condition()
+        self._turn = Lock()  # of who waits: else one that needs all of them would never get them
+
+    @contextmanager
+    def expect(self, calls: int) -> Iterator[None]:
+        """So many calls will want threads in this context."""
+        with self._changed:
+            self._expected += calls
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._expected -= calls
+
+    @contextmanager
+    def take(self, at_once: int) -> Iterator[int]:
+        """Wait for the threads of a call that may be under way with up to `at_once` such calls; gives their number."""
+        with self._turn, self._changed:
+            count = max(1, self.all // min(at_once, self._expected))
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield count
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
 class RestoreActor:
     """Holds the network, built once, and restores the pixels of each row that is on its way."""
 
@@ -210,25 +247,27 @@ class RestoreActor:
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         memory = available_bytes(work.device, work.memory_share) // (1 if work.device == "cpu" else _ON_GPU)
         self.restorer = load_restorer(work.weights, work.recipe, device=work.device, memory=memory)
+        self._threads = _Threads(work.threads if work.device == "cpu" else _ON_GPU)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """`PIXEL_SCHEMA` in and out. Images of one size and kind pass through the network together where that pays."""
+        """`PIXEL_SCHEMA` in and out. Images of one size and kind pass through the network together where that pays.
+
+        Called for two tables at once, no thread is idle while the last images of one are under way.
+        """
         rows = list(_rows(batch))
         groups = defaultdict[tuple[Any, ...], list[int]](list)  # their places in `rows`
         for i, row in enumerate(rows):
             if not row["status"]:
                 groups[row["height"], row["width"], row["channels"], row["dtype"], row["reference"] is None].append(i)
-        queues = defaultdict[int, list[list[int]]](list)
+        calls = list[tuple[list[int], int]]()
         for (height, width, *_), places in groups.items():
-            most = self.restorer.batch(height, width)
-            queues[self._at_once(height, width)] += [places[i : i + most] for i in range(0, len(places), most)]
-        for fit, queue in queues.items():
-            at_once = min(fit, len(queue))
-            with ThreadPoolExecutor(at_once) as pool:
-                done = pool.map(lambda places, n=at_once: self._restore([rows[i] for i in places], n), queue)
-                for places, restored in zip(queue, done, strict=True):
-                    for i, row in zip(places, restored, strict=True):
-                        rows[i] = row
+            most, at_once = self.restorer.batch(height, width), self._at_once(height, width)
+            calls += [(places[i : i + most], at_once) for i in range(0, len(places), most)]
+        with self._threads.expect(len(calls)), ThreadPoolExecutor(max(1, min(self._threads.all, len(calls)))) as pool:
+            done = pool.map(lambda call: self._restore([rows[i] for i in call[0]], call[1]), calls)
+            for (places, _), restored in zip(calls, done, strict=True):
+                for i, row in zip(places, restored, strict=True):
+                    rows[i] = row
         return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
 
     def _at_once(self, height: int, width: int) -> int:
@@ -243,19 +282,24 @@ class RestoreActor:
         return self.work.threads if fits else 1
 
     def _restore(self, rows: list[Row], at_once: int) -> list[Row]:
-        """Rows of one size and kind, which share their time in the network, with that many such calls under way."""
+        """Rows of one size and kind, which share their time in the network, with up to that many such calls."""
+        with self._threads.take(at_once) as threads:
+            if self.work.device == "cpu":  # each thread of Python has a setting of its own
+                torch.set_num_threads(threads)
+            return self._restore_with(rows, threads / self._threads.all)
+
+    def _restore_with(self, rows: list[Row], share: float) -> list[Row]:
+        """The same, with this share of the actor's threads."""
         started = time.perf_counter()
-        if self.work.device == "cpu":  # each thread of Python has a setting of its own
-            torch.set_num_threads(max(1, self.work.threads // at_once))
         try:
             restored = self.restorer.restore_batch([self._input(row) for row in rows])
         except (ValueError, MemoryError) as error:  # such as colour for a network of grey images, or far too large
             if len(rows) > 1:
-                return [end for row in rows for end in self._restore([row], at_once)]
+                return [end for row in rows for end in self._restore_with([row], share)]
             return [_end(rows[0], Status.REFUSED, str(error))]
         except self.work.caught as error:
             return [_crashed(row, "restoring it", error) for row in rows]
-        seconds = (time.perf_counter() - started) / (len(rows) * at_once)
+        seconds = (time.perf_counter() - started) * share / len(rows)
         return [self._output(row, one, seconds) for row, one in zip(rows, restored, strict=True)]
 
     def _input(self, row: Row) -> Pixels:

@@ -221,7 +221,7 @@ class SlowActor(RestoreActor):
     """Takes a while for each image, and says on which node."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        time.sleep(0.4 * len(batch))
+        time.sleep(0.8 * len(batch))  # two at once
         if ray.is_initialized():  # not where an image is tried alone
             self.worker = ray.get_runtime_context().get_node_id()
         return super().__call__(batch)
