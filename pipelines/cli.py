@@ -1,5 +1,7 @@
 """The `nafnet` command. Ray and Prefect are loaded by the commands that need them, so the others start at once."""
 
+import atexit
+import gc
 import json
 import math
 import re
@@ -446,6 +448,7 @@ def demo(
 
 def main() -> None:
     """Entry point of the console script."""
+    atexit.register(gc.freeze)  # else what Ray, Prefect and torch have made is looked through once more: 1 s
     try:
         app()
     except ModuleNotFoundError as error:
@@ -492,7 +495,8 @@ def _describe_ablation(row: Ablation, data: Data, image: tuple[int, int], train_
 
 def _describe_checkpoint(name: str, image: tuple[int, int], train_size: int | None) -> None:
     """A file; or what the catalog knows of one that is not on this machine, which is not fetched for this."""
-    from pipelines.weights import cache_folder, locate
+    from pipelines.cache import cache_folder
+    from pipelines.weights import locate
 
     entry = catalog.CATALOG.get(name)
     if entry and not entry.bundled and not (cache_folder() / entry.file).is_file():
@@ -632,12 +636,12 @@ def _run_restore(job: Any) -> None:
 
 def _dry_run(job: Any) -> None:
     from nafnet.memory import available_bytes
+    from pipelines.actor import load_restorer
     from pipelines.containers import open_collection
     from pipelines.engine import Placement, this_machine
     from pipelines.estimate import estimate
     from pipelines.flows import prepare
     from pipelines.manifest import plan
-    from pipelines.stages import load_restorer
     from pipelines.storage import Store
 
     prepared = prepare(job)

@@ -19,10 +19,10 @@ from typing import Protocol
 import lmdb
 
 from nafnet.images import Picture, encode
+from pipelines.cache import cache_folder
 from pipelines.matlab import Blocks, expand
 from pipelines.storage import Entry, StorageError, Store, in_force
 from pipelines.storage_options import StorageOptions
-from pipelines.weights import cache_folder
 
 _ITEM = re.compile(r"(?P<container>.*?\.(?:lmdb|mat|tar))/(?P<key>.+)")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")

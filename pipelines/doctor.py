@@ -22,8 +22,9 @@ from nafnet.checkpoint import CheckpointError
 from nafnet.images import Picture, decode, encode
 from nafnet.memory import available_bytes
 from nafnet.restore import has_arithmetic
+from pipelines.cache import cache_folder
 from pipelines.storage import Store
-from pipelines.weights import cache_folder, locate
+from pipelines.weights import locate
 
 _PACKAGE = "nafnet-pipelines"
 _LEAST_FREE_BYTES = 5 * 2**30  # of disk: weights, Ray's spilled objects, expanded MATLAB arrays

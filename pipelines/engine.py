@@ -44,9 +44,10 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RaySystemError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 
+from pipelines.actor import RestoreActor
 from pipelines.isolation import Isolated, ProcessDied
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Status
-from pipelines.stages import BLOCK_BYTES, RestoreActor, Work, fetch, finish
+from pipelines.stages import BLOCK_BYTES, Work, fetch, finish
 
 logger = logging.getLogger(__name__)
 

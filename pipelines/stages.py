@@ -1,43 +1,35 @@
-"""What happens to one row on its way: fetch it, restore it, finish it. Plain functions over Arrow tables.
+"""What happens to one row before and after its network: fetch it, finish it. Plain functions over Arrow tables.
 
 Between the stages a row carries pixels; what `finish` returns does not. A stage leaves a row alone once it has a
 status. Bad images become a status and a reason; anything else that goes wrong (credentials, a full disk, a bug) is
-raised, unless the work is contained (see `Work`).
+raised, unless the work is contained (see `Work`). Nothing here needs torch, which takes its processes longer to
+import, and more memory, than all else.
 """
 
 import hashlib
 import os
-import socket
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from threading import Condition, Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 import nafnet
-from nafnet import checkpoint
 from nafnet.conventions import Convention
 from nafnet.images import Picture, RefusedImage, UnreadableImage, decode, encode, holds_depth
-from nafnet.memory import available_bytes
 from nafnet.metrics import Scores, quantize, score
 from nafnet.recipe import Recipe
-from nafnet.restore import Pixels, Restored, Restorer, to_float
 from pipelines.containers import open_collection
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, ReportRow, Status
 from pipelines.retry import counted
 from pipelines.storage import Store, UnsafeKey, in_force, use
 from pipelines.storage_options import StorageOptions
-from pipelines.weights import locate
 
 Row = dict[str, Any]
 
@@ -70,7 +62,6 @@ PIXEL_SCHEMA = pa.schema(
 
 BLOCK_BYTES = 16 * 2**20  # decoded, from which `fetch` gives a table away: its encoded size does not tell
 _REQUESTS = 8  # under way at once in one task: they wait for the network far more than they compute
-_ON_GPU = 2  # one image is copied while another is restored
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +154,13 @@ def _decode_one(row: Row, read: _Read, work: Work) -> Row:
     try:
         picture = decode(read.get(), max_pixels=work.max_pixels)
     except FileNotFoundError:
-        return _end(row, Status.MISSING, "listed, but gone when it was to be read: run again to list anew")
+        return ended(row, Status.MISSING, "listed, but gone when it was to be read: run again to list anew")
     except UnreadableImage as error:
-        return _end(row, Status.UNREADABLE, str(error))
+        return ended(row, Status.UNREADABLE, str(error))
     except (RefusedImage, UnsafeKey) as error:
-        return _end(row, Status.REFUSED, str(error))
+        return ended(row, Status.REFUSED, str(error))
     except work.caught as error:
-        return _crashed(row, "reading it", error)
+        return crashed(row, "reading it", error)
     return {
         **row,
         "format": picture.format,
@@ -184,151 +175,10 @@ def _decode_one(row: Row, read: _Read, work: Work) -> Row:
     }
 
 
-def load_restorer(
-    weights: Sequence[str], recipe: Recipe, *, device: str = "cpu", memory: int | None = None
-) -> Restorer:
-    """The restorer that a settled recipe describes, from `weights` as a person names them (file, URL, catalog name).
-
-    Raises:
-        CheckpointError, ValueError: the weights cannot be found or read here, or are not those of the recipe.
-    """
-    loaded = [checkpoint.load(locate(name)) for name in weights]
-    for name, found, step in zip(weights, loaded, recipe.steps, strict=True):
-        if found.sha256 != step.weights:
-            raise ValueError(f"{name} is another file here than where the job was planned: {step.weights}")
-    return Restorer([found.network for found in loaded], recipe, device=device, memory=memory)
-
-
-class _Threads:
-    """The threads of an actor, shared out among the calls of the network that are under way."""
-
-    def __init__(self, count: int) -> None:
-        self.all = self._free = count
-        self._expected = 0
-        self._changed = Condition()
-        self._turn = Lock()  # of who waits: else one that needs all of them would never get them
-
-    @contextmanager
-    def expect(self, calls: int) -> Iterator[None]:
-        """So many calls will want threads in this context."""
-        with self._changed:
-            self._expected += calls
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._expected -= calls
-
-    @contextmanager
-    def take(self, at_once: int) -> Iterator[int]:
-        """Wait for the threads of a call that may be under way with up to `at_once` such calls; gives their number."""
-        with self._turn, self._changed:
-            count = max(1, self.all // min(at_once, self._expected))
-            self._changed.wait_for(lambda: self._free >= count)
-            self._free -= count
-        try:
-            yield count
-        finally:
-            with self._changed:
-                self._free += count
-                self._changed.notify_all()
-
-
-class RestoreActor:
-    """Holds the network, built once, and restores the pixels of each row that is on its way."""
-
-    def __init__(self, work: Work) -> None:
-        """Load and check the weights. Raises CheckpointError or ValueError when they are not the recipe's."""
-        use(work.storage)
-        torch.set_num_threads(work.threads)
-        if work.recipe.deterministic:  # cuBLAS reads it when it starts
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.work = work
-        self.worker = f"{socket.gethostname()}:{os.getpid()}"
-        memory = available_bytes(work.device, work.memory_share) // (1 if work.device == "cpu" else _ON_GPU)
-        self.restorer = load_restorer(work.weights, work.recipe, device=work.device, memory=memory)
-        self._threads = _Threads(work.threads if work.device == "cpu" else _ON_GPU)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """`PIXEL_SCHEMA` in and out. Images of one size and kind pass through the network together where that pays.
-
-        Called for two tables at once, no thread is idle while the last images of one are under way.
-        """
-        rows = list(_rows(batch))
-        groups = defaultdict[tuple[Any, ...], list[int]](list)  # their places in `rows`
-        for i, row in enumerate(rows):
-            if not row["status"]:
-                groups[row["height"], row["width"], row["channels"], row["dtype"], row["reference"] is None].append(i)
-        calls = list[tuple[list[int], int]]()
-        for (height, width, *_), places in groups.items():
-            most, at_once = self.restorer.batch(height, width), self._at_once(height, width)
-            calls += [(places[i : i + most], at_once) for i in range(0, len(places), most)]
-        with self._threads.expect(len(calls)), ThreadPoolExecutor(max(1, min(self._threads.all, len(calls)))) as pool:
-            done = pool.map(lambda call: self._restore([rows[i] for i in call[0]], call[1]), calls)
-            for (places, _), restored in zip(calls, done, strict=True):
-                for i, row in zip(places, restored, strict=True):
-                    rows[i] = row
-        return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
-
-    def _at_once(self, height: int, width: int) -> int:
-        """How many calls of the network on images of this size (px) may be under way at once.
-
-        On a CPU each image has a thread of its own where memory allows: threads that share one wait for the slowest
-        of them at every strip, which is the one whose core scoring and encoding use meanwhile.
-        """
-        if self.work.device != "cpu":
-            return _ON_GPU
-        fits = self.work.threads * self.restorer.process_bytes(height, width, None) <= self.restorer.memory
-        return self.work.threads if fits else 1
-
-    def _restore(self, rows: list[Row], at_once: int) -> list[Row]:
-        """Rows of one size and kind, which share their time in the network, with up to that many such calls."""
-        with self._threads.take(at_once) as threads:
-            if self.work.device == "cpu":  # each thread of Python has a setting of its own
-                torch.set_num_threads(threads)
-            return self._restore_with(rows, threads / self._threads.all)
-
-    def _restore_with(self, rows: list[Row], share: float) -> list[Row]:
-        """The same, with this share of the actor's threads."""
-        started = time.perf_counter()
-        try:
-            restored = self.restorer.restore_batch([self._input(row) for row in rows])
-        except (ValueError, MemoryError) as error:  # such as colour for a network of grey images, or far too large
-            if len(rows) > 1:
-                return [end for row in rows for end in self._restore_with([row], share)]
-            return [_end(rows[0], Status.REFUSED, str(error))]
-        except self.work.caught as error:
-            return [_crashed(row, "restoring it", error) for row in rows]
-        seconds = (time.perf_counter() - started) * share / len(rows)
-        return [self._output(row, one, seconds) for row, one in zip(rows, restored, strict=True)]
-
-    def _input(self, row: Row) -> Pixels:
-        pixels = _pixels(row, "pixels", row["dtype"])
-        scored_unrounded = row["reference"] is not None and not Convention.parse(self.work.protocol).rounds
-        if scored_unrounded or _written_dtype(row, self.work) != row["dtype"]:
-            return to_float(pixels)  # rounded once, by whoever needs integers
-        return pixels
-
-    def _output(self, row: Row, restored: Restored, seconds: float) -> Row:
-        return {
-            **row,
-            "pixels": row["pixels"] if row["reference"] is not None else None,  # needed again only to score
-            "restored": restored.pixels.tobytes(),
-            "restored_dtype": restored.pixels.dtype.name,
-            "seconds": seconds,
-            "tiles": restored.tiles,
-            "tile": restored.tile,
-            "precision": restored.precision,
-            "suspect": restored.suspect,
-            "note": restored.note,
-            "worker": self.worker,
-        }
-
-
 def finish(batch: pa.Table, work: Work) -> pa.Table:
     """Score, encode and write each restored row; `REPORT_SCHEMA` out. The image is written before its row is made."""
     use(work.storage)
-    rows = list(_rows(batch))
+    rows = list(rows_of(batch))
     with ThreadPoolExecutor(_REQUESTS) as requests:
         references = requests.map(partial(_try_reference, work), rows)
         writes = [
@@ -359,9 +209,9 @@ def _encode_one(row: Row, reference: _Read | None, work: Work) -> Row:
         picture = _picture(row, work)
         row |= {"file": _encode(picture, work), "digest": digest(picture.pixels)}
     except _Mismatch as error:
-        row |= _end(row, error.status, str(error))
+        row |= ended(row, error.status, str(error))
     except work.caught as error:
-        row |= _crashed(row, "scoring it", error)
+        row |= crashed(row, "scoring it", error)
     row["finish_seconds"] = time.perf_counter() - started + (reference.seconds if reference is not None else 0)
     return row
 
@@ -376,9 +226,9 @@ def _write_one(row: Row, work: Work) -> ReportRow:
                 output.write(output.key(row["output"]), row["file"])
                 row |= {"status": Status.SUSPECT if row["suspect"] else Status.RESTORED, "reason": row["suspect"]}
             except UnsafeKey as error:  # a name that the output cannot hold
-                row |= _end(row, Status.REFUSED, str(error))
+                row |= ended(row, Status.REFUSED, str(error))
             except work.caught as error:
-                row |= _crashed(row, "writing it", error)
+                row |= crashed(row, "writing it", error)
         row["retries"] += count.retries
     written = row["status"] in (Status.RESTORED, Status.SUSPECT)
     return ReportRow(
@@ -417,8 +267,8 @@ def _score_one(row: Row, read: _Read, work: Work) -> dict[str, Any]:
         raise _Mismatch(Status.MISSING, f"its reference {row['reference']} is gone") from error
     except (UnreadableImage, RefusedImage) as error:
         raise _Mismatch(Status.UNREADABLE, f"its reference {row['reference']}: {error}") from error
-    degraded = _pixels(row, "pixels", row["dtype"])
-    restored = _pixels(row, "restored", row["restored_dtype"])
+    degraded = pixels_of(row, "pixels", row["dtype"])
+    restored = pixels_of(row, "restored", row["restored_dtype"])
     if reference.shape[:2] != restored.shape[:2] or _colours(reference) != _colours(restored):
         raise _Mismatch(
             Status.MISMATCHED,
@@ -445,7 +295,7 @@ def digest(pixels: npt.NDArray[Any]) -> str:
 
 def _picture(row: Row, work: Work) -> Picture:
     """The restored image at the depth it is written in."""
-    restored = quantize(_pixels(row, "restored", row["restored_dtype"]), _written_dtype(row, work))
+    restored = quantize(pixels_of(row, "restored", row["restored_dtype"]), written_dtype(row, work))
     return Picture(restored, _written_format(row, work), row["icc"], row["exif"])
 
 
@@ -467,7 +317,7 @@ def _written_format(row: Row, work: Work) -> str:
     return str(row["format"]) if work.recipe.output == "same" else work.recipe.output
 
 
-def _written_dtype(row: Row, work: Work) -> str:
+def written_dtype(row: Row, work: Work) -> str:
     """The source's depth, or the next lower one that a chosen format holds."""
     dtype, chosen = str(row["dtype"]), work.recipe.output
     if chosen == "same":
@@ -475,7 +325,7 @@ def _written_dtype(row: Row, work: Work) -> str:
     return next(name for name in (dtype, "uint16", "uint8") if holds_depth(chosen, np.dtype(name).itemsize * 8))
 
 
-def _rows(batch: pa.Table) -> Iterable[Row]:
+def rows_of(batch: pa.Table) -> Iterable[Row]:
     """Rows as dictionaries; pixels stay views of the table's memory."""
     names = [name for name in batch.column_names if name not in {"pixels", "restored"}]
     for i, row in enumerate(batch.select(names).to_pylist()):
@@ -485,7 +335,7 @@ def _rows(batch: pa.Table) -> Iterable[Row]:
         yield row
 
 
-def _pixels(row: Row, column: str, dtype: str) -> npt.NDArray[Any]:
+def pixels_of(row: Row, column: str, dtype: str) -> npt.NDArray[Any]:
     flat = np.frombuffer(row[column], dtype)
     return flat.reshape(row["height"], row["width"], row["channels"])
 
@@ -499,7 +349,7 @@ def _size(pixels: npt.NDArray[Any]) -> str:
     return f"{width}x{height} px with {channels} channel{'s' if channels > 1 else ''}"
 
 
-def _end(row: Row, status: Status, reason: str) -> Row:
+def ended(row: Row, status: Status, reason: str) -> Row:
     return {
         **dict.fromkeys(PIXEL_SCHEMA.names),
         **row,
@@ -509,5 +359,5 @@ def _end(row: Row, status: Status, reason: str) -> Row:
     }
 
 
-def _crashed(row: Row, doing: str, error: Exception) -> Row:
-    return _end(row, Status.CRASHED, f"an unexpected error while {doing}: {type(error).__name__}: {error}")
+def crashed(row: Row, doing: str, error: Exception) -> Row:
+    return ended(row, Status.CRASHED, f"an unexpected error while {doing}: {type(error).__name__}: {error}")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from nafnet import catalog
 from nafnet.catalog import CatalogEntry
 from nafnet.checkpoint import CheckpointError
+from pipelines.cache import cache_folder
 
 if TYPE_CHECKING:
     from pipelines.storage import Store
@@ -54,11 +55,6 @@ class _Source:
 
 class _OtherFileError(CheckpointError):
     """What was fetched is whole, and not what was wanted."""
-
-
-def cache_folder() -> Path:
-    """Where fetched checkpoints are kept: NAFNET_CACHE, else ~/.cache/nafnet."""
-    return Path(os.environ.get("NAFNET_CACHE") or Path.home() / ".cache" / "nafnet")
 
 
 def locate(checkpoint: str) -> Path:

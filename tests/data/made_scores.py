@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import datasets, flows, made, manifest, stages
+from pipelines.actor import RestoreActor
 from pipelines.datasets import DataName
 from pipelines.settings import RestoreJob
 
@@ -37,7 +38,7 @@ def scores(data: DataName, folder: Path) -> dict[str, dict[str, float]]:
     prepared = flows.prepare(job)
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
     work = prepared.work(plan.source, plan.reference)
-    actor = stages.RestoreActor(work)
+    actor = RestoreActor(work)
     tables = [stages.finish(actor(table), work) for pairs in plan.tables() for table in stages.fetch(pairs, work)]
     rows = [row for table in tables for row in table.to_pylist()]
     return {row["key"]: {name: row[name] for name in SCORES} for row in rows}

@@ -153,7 +153,8 @@ def ceph_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same stages called one after the other, for tests of what is around them: Ray takes ten seconds a run."""
     from pipelines import engine
-    from pipelines.stages import RestoreActor, Work, fetch, finish
+    from pipelines.actor import RestoreActor
+    from pipelines.stages import Work, fetch, finish
 
     def run(
         parts: Iterable[pa.Table], work: Work, _placement: object, on_rows: Callable[[pa.Table], None], **_: object

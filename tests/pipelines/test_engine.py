@@ -23,10 +23,11 @@ from ray.cluster_utils import Cluster as RayCluster
 from nafnet.images import Picture, encode
 from nafnet.restore import Restorer
 from pipelines import engine
+from pipelines.actor import RestoreActor
 from pipelines.engine import Cluster, Placement, Pool, this_machine
 from pipelines.manifest import plan
 from pipelines.settings import RestoreJob
-from pipelines.stages import RestoreActor, Row, Work, fetch, finish
+from pipelines.stages import Row, Work, fetch, finish
 from tests.pipelines.conftest import free_port
 
 

@@ -13,10 +13,11 @@ import pytest
 from nafnet.images import Picture, decode, encode
 from nafnet.restore import Restorer
 from pipelines import flows, retry
+from pipelines.actor import RestoreActor
 from pipelines.manifest import plan
 from pipelines.report import summarize
 from pipelines.settings import RestoreJob
-from pipelines.stages import RestoreActor, Work, fetch, finish
+from pipelines.stages import Work, fetch, finish
 from pipelines.storage import use
 from pipelines.storage_options import StorageOptions
 from tests.faults import FaultProxy

@@ -25,11 +25,12 @@ from nafnet.images import decode
 from nafnet.metadata import png_chunk
 from nafnet.model import NetConfig
 from nafnet.restore import Restorer
+from pipelines.actor import RestoreActor
 from pipelines.manifest import plan
 from pipelines.records import Status
 from pipelines.report import read_rows
 from pipelines.settings import RestoreJob
-from pipelines.stages import RestoreActor, Work, fetch, finish
+from pipelines.stages import Work, fetch, finish
 from pipelines.storage import Store, readable
 from tests.conftest import random_network, save_published
 from tests.peak import peak_bytes

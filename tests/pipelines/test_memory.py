@@ -14,7 +14,8 @@ _WORKER = """
 import sys
 from pipelines.manifest import plan
 from pipelines.settings import RestoreJob
-from pipelines.stages import RestoreActor, Work, fetch, finish
+from pipelines.actor import RestoreActor
+from pipelines.stages import Work, fetch, finish
 from nafnet.restore import Restorer
 from tests.peak import peak_bytes
 weights, folder = sys.argv[1:]

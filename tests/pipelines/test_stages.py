@@ -19,10 +19,11 @@ from nafnet.metrics import psnr, quantize, score, ssim_3d
 from nafnet.recipe import Step
 from nafnet.restore import Restored, Restorer, has_arithmetic, to_float
 from pipelines import stages
+from pipelines.actor import RestoreActor
 from pipelines.manifest import plan
 from pipelines.records import REPORT_SCHEMA
 from pipelines.settings import RestoreJob
-from pipelines.stages import RestoreActor, Work, fetch, finish
+from pipelines.stages import Work, fetch, finish
 from pipelines.storage import Store
 from tests.conftest import GOPRO_LIKE, random_network, save_published
 
