@@ -1,7 +1,7 @@
-"""Manifest in, finished rows out: the stages of `pipelines.stages` on Ray Data. The only module that knows Ray.
+"""Manifest in, finished rows out: `stages.fetch`, `actor.RestoreActor` and `stages.finish` on Ray Data.
 
-The driver hands out small blocks of keys and receives rows without pixels. Pixels cross Ray's object store twice:
-from fetching to the actors that hold the network, and from there to scoring and writing.
+The only module that knows Ray. The driver hands out small blocks of keys and receives rows without pixels. Pixels cross
+Ray's object store twice: from fetching to the actors that hold the network, and from there to scoring and writing.
 """
 
 import os

@@ -19,6 +19,7 @@ import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
 from pipelines import report, report_html, report_sheet
+from pipelines.arrow import arrow_file
 from pipelines.manifest import Plan, plan
 from pipelines.parts import PartWriter
 from pipelines.records import REPORT_SCHEMA
@@ -97,7 +98,7 @@ def _rows(job: RestoreJob) -> None:
     }
     fixed["finished_at"] = datetime.now(UTC)
     for entry in manifest.list():
-        pairs = pa.parquet.read_table(pa.BufferReader(manifest.read(entry.key)))
+        pairs = pa.parquet.read_table(arrow_file(manifest.read(entry.key)))
         for start in range(0, len(pairs), _PART):
             some = pairs.slice(start, _PART)
             columns = [
