@@ -40,10 +40,11 @@ __all__ = [
     "ssim_3d",
 ]
 
+if not TYPE_CHECKING:  # whose tools would take any name for one of this package
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for then: processes that read, score and write images can do without torch."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f"nafnet.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for then: processes that read, score and write images can do without torch."""
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(import_module(f"nafnet.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

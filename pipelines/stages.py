@@ -336,6 +336,7 @@ def rows_of(batch: pa.Table) -> Iterable[Row]:
 
 
 def pixels_of(row: Row, column: str, dtype: str) -> npt.NDArray[Any]:
+    """The column "pixels" or "restored" as (height, width, channels)."""
     flat = np.frombuffer(row[column], dtype)
     return flat.reshape(row["height"], row["width"], row["channels"])
 
@@ -350,6 +351,7 @@ def _size(pixels: npt.NDArray[Any]) -> str:
 
 
 def ended(row: Row, status: Status, reason: str) -> Row:
+    """The row without pixels, which later stages leave alone."""
     return {
         **dict.fromkeys(PIXEL_SCHEMA.names),
         **row,
@@ -360,4 +362,5 @@ def ended(row: Row, status: Status, reason: str) -> Row:
 
 
 def crashed(row: Row, doing: str, error: Exception) -> Row:
+    """The row's end by an error that no stage expects."""
     return ended(row, Status.CRASHED, f"an unexpected error while {doing}: {type(error).__name__}: {error}")

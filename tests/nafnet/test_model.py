@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+import nafnet
 from nafnet.catalog import CATALOG
 from nafnet.model import Block, ChannelAttention, NetConfig, Network, multiply_adds, parameters, spread
 from nafnet.tlc import localize
@@ -246,3 +247,7 @@ def test_an_odd_width_needs_no_gate():
     config = NetConfig(width=5, enc_blocks=(1,), dec_blocks=(1,), activation="gelu", attention="ca", dw_expand=1)
     restored, expected = both(config, picture(6, 9))
     torch.testing.assert_close(restored, expected, atol=1e-5, rtol=0)
+
+
+def test_the_package_has_every_name_it_lists() -> None:
+    assert {name for name in nafnet.__all__ if callable(getattr(nafnet, name))} == set(nafnet.__all__)
