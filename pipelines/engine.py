@@ -17,6 +17,9 @@ os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # in huge pages where Linux has them: 3 to 6 percent
+# A process that reads or writes is kept until it is wanted again: Ray ends it after a second and starts another, which
+# costs 3 s of a core, as much as eight images of 1280x720 px, again and again.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset it warns at each start
 
 import logging
