@@ -1,10 +1,11 @@
 """One image in, one image out: everything between pixels of a file and the network."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Condition, Lock
 from typing import cast
 
 import numpy as np
@@ -94,12 +95,13 @@ class Restorer:
         for network, step in zip(networks, recipe.steps, strict=True):
             if step.train_size is not None:
                 localize(network, step.train_size)
-        self._fallback: str | None = None  # why low precision was given up
+        self._fallback: str | None = None  # why low precision was given up, for all images
         precisions: set[Precision] = {recipe.precision, "float32"}  # which is for the comparison and the fallback
         if device == "cpu" and not has_arithmetic(recipe.precision):
             self._fallback = f"this CPU has no {recipe.precision} arithmetic, and would be slow in it: float32 instead"
             precisions = {"float32"}
         self._proven = len(precisions) == 1
+        self._proving = Lock()
         self._networks = {name: [self._ready(network, name) for network in networks] for name in precisions}
 
     @classmethod
@@ -166,12 +168,12 @@ class Restorer:
         """
         colour = self._colour(image)
         height, width = image.shape[:2]
-        self._ensure_proven(colour)  # first, since float32 may need smaller tiles
+        doubt = self._doubt(colour)  # first, since float32 may need smaller tiles
         memory: str | None = None
         for tile in self._rungs(height, width):
             try:
                 with self._settings():
-                    values, precision, reason = self._attempt(colour, tile)
+                    values, precision, reason = self._attempt(colour, tile, doubt)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -205,10 +207,10 @@ class Restorer:
         if len(images) == 1:
             return [self.restore(images[0])]
         colours = cast(Pixels, np.stack([self._colour(image) for image in images]))
-        self._ensure_proven(colours[0])
+        doubt = self._doubt(colours[0])
         try:
             with self._settings():
-                values, precision, reason = self._attempt(colours, None)
+                values, precision, reason = self._attempt(colours, None, doubt)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -280,16 +282,18 @@ class Restorer:
             return []
         return plan_tiles(height, width, tile_px=tile, halo_px=self.recipe.halo, stride=self._stride)
 
-    def _attempt(self, colour: Pixels, tile: int | None) -> tuple[Floats, Precision, str | None]:
+    def _attempt(self, colour: Pixels, tile: int | None, doubt: str | None) -> tuple[Floats, Precision, str | None]:
         """All steps in one tile size; also the precision that did it and why it is not the recipe's."""
         precision = self.recipe.precision
-        if self._fallback is None:
+        if doubt is None:
             values = self._chain(colour, tile, precision)
             if precision == "float32" or np.isfinite(values).all():
                 return values, precision, None
             del values  # makes room for those that follow
-            self._fallback = f"{precision} gave values that are not finite: float32 instead"
-        return self._chain(colour, tile, "float32"), "float32", self._fallback
+            doubt = f"{precision} gave values that are not finite: float32 instead"
+            if not self.recipe.deterministic:
+                self._fallback = doubt
+        return self._chain(colour, tile, "float32"), "float32", doubt
 
     def _colour(self, image: Pixels) -> Pixels:
         """(H, W, 1 or 3) of an image, without its alpha. Raises ValueError as `restore` says."""
@@ -306,27 +310,34 @@ class Restorer:
         if self.device != "cpu":
             torch.cuda.empty_cache()
 
-    def _ensure_proven(self, colour: Pixels) -> None:
-        if not self._proven:
-            with self._settings():
-                self._prove(colour)
+    def _doubt(self, colour: Pixels) -> str | None:
+        """Why an image is restored in float32 instead of the recipe's precision; None when it is not.
 
-    def _prove(self, colour: Pixels) -> None:
-        """Compare the recipe's precision with float32 on the centre of an image, and fall back if they differ."""
+        The first image settles it for all, or each for itself where the recipe is deterministic: its bits must not hang
+        on which came before.
+        """
+        if self.recipe.deterministic:
+            return self._fallback if self._proven else self._compare(colour)
+        with self._proving:
+            if not self._proven:
+                self._fallback, self._proven = self._compare(colour), True
+        return self._fallback
+
+    def _compare(self, colour: Pixels) -> str | None:
+        """Why the recipe's precision will not do; None when it agrees with float32 on the centre of an image."""
         top, left = (max(side - _CROP_PX, 0) // 2 for side in colour.shape[:2])
         crop = colour[top : top + _CROP_PX, left : left + _CROP_PX]
-        self._fallback = None
-        exact, close = self._chain(crop, None, "float32"), self._chain(crop, None, self.recipe.precision)
+        with self._settings():
+            exact, close = self._chain(crop, None, "float32"), self._chain(crop, None, self.recipe.precision)
         with np.errstate(invalid="ignore"):  # infinite both: NaN, which disagrees
             error = float(np.square(close - exact, dtype=np.float64).mean())
-        if not error <= 10 ** (-AGREEMENT_DB / 10):  # NaN too
-            agreement = f"{-10 * np.log10(error):.1f} dB" if np.isfinite(error) else "no finite value"
-            self._fallback = (
-                f"{self.recipe.precision} agrees with float32 by {agreement} on a crop, {AGREEMENT_DB:g} dB are "
-                "asked for: float32 instead"
-            )
-        # Deterministic: each image by itself, or the bits would hang on which came before.
-        self._proven = not self.recipe.deterministic
+        if error <= 10 ** (-AGREEMENT_DB / 10):
+            return None
+        agreement = f"{-10 * np.log10(error):.1f} dB" if np.isfinite(error) else "no finite value"
+        return (
+            f"{self.recipe.precision} agrees with float32 by {agreement} on a crop, {AGREEMENT_DB:g} dB are "
+            "asked for: float32 instead"
+        )
 
     def _chain(self, colour: Pixels, tile: int | None, precision: Precision) -> Floats:
         """Every step on ([N,] H, W, 1 or 3), as float32, not clamped. Tiles are of one image."""
@@ -400,24 +411,54 @@ class Restorer:
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
-        """torch's global switches as the recipe wants them, for the time of one image."""
-        deterministic = self.recipe.deterministic
-        flags = torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=self.recipe.tf32
+        """torch as the recipe wants it, for the time of one image."""
+        deterministic, on_cpu = self.recipe.deterministic, self.device == "cpu"
+        with ExitStack() as settings:
+            if deterministic or not on_cpu:
+                settings.enter_context(_switches.set(deterministic=deterministic, tf32=self.recipe.tf32))
+            if deterministic and on_cpu:
+                settings.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(1)  # of this thread of Python only
+            yield
+
+
+class _Switches:
+    """torch's switches of a whole process. Images that want the same share them; others wait for those to end."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._users = 0
+        self._wanted: tuple[bool, bool] | None = None
+        self._before = ExitStack()
+
+    @contextmanager
+    def set(self, *, deterministic: bool, tf32: bool) -> Iterator[None]:
+        """Turn them for the time of the context."""
+        wanted = deterministic, tf32
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users or self._wanted == wanted)
+            if not self._users:
+                self._wanted = wanted
+                self._turn(deterministic, tf32)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                if not self._users:
+                    self._before.close()
+                    self._changed.notify_all()
+
+    def _turn(self, deterministic: bool, tf32: bool) -> None:
+        self._before.enter_context(
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=tf32)
         )
-        with flags if self.device != "cpu" else nullcontext():
-            if not deterministic:
-                yield
-                return
-            threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-            torch.use_deterministic_algorithms(True)
-            if self.device == "cpu":
-                torch.set_num_threads(1)
-            try:
-                yield
-            finally:
-                torch.use_deterministic_algorithms(before)
-                torch.set_num_threads(threads)
+        self._before.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(deterministic)
+
+
+_switches = _Switches()
 
 
 def has_arithmetic(precision: Precision) -> bool:

@@ -65,7 +65,8 @@ class _Threads:
     def take(self, at_once: int) -> Iterator[int]:
         """Wait for the threads of a call that may be under way with up to `at_once` such calls; gives their number."""
         with self._turn, self._changed:
-            count = max(1, self.all // min(at_once, self._expected))
+            # None are expected any more where another call of the same table has failed.
+            count = max(1, self.all // max(1, min(at_once, self._expected)))
             self._changed.wait_for(lambda: self._free >= count)
             self._free -= count
         try:
@@ -90,6 +91,8 @@ class RestoreActor:
         memory = available_bytes(work.device, work.memory_share) // (1 if work.device == "cpu" else _ON_GPU)
         self.restorer = load_restorer(work.weights, work.recipe, device=work.device, memory=memory)
         self._threads = _Threads(work.threads if work.device == "cpu" else _ON_GPU)
+        # One for all tables: on a GPU each of its threads has a stream.
+        self._pool = ThreadPoolExecutor(self._threads.all)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`PIXEL_SCHEMA` in and out. Images of one size and kind pass through the network together where that pays.
@@ -105,8 +108,10 @@ class RestoreActor:
         for (height, width, *_), places in groups.items():
             most, at_once = self.restorer.batch(height, width), self._at_once(height, width)
             calls += [(places[i : i + most], at_once) for i in range(0, len(places), most)]
-        with self._threads.expect(len(calls)), ThreadPoolExecutor(max(1, min(self._threads.all, len(calls)))) as pool:
-            done = pool.map(lambda call: self._restore([rows[i] for i in call[0]], call[1]), calls)
+        # A lone call has all threads of a CPU; on a GPU it leaves room for another.
+        expected = len(calls) if self.work.device == "cpu" else max(len(calls), _ON_GPU)
+        with self._threads.expect(expected):
+            done = self._pool.map(lambda call: self._restore([rows[i] for i in call[0]], call[1]), calls)
             for (places, _), restored in zip(calls, done, strict=True):
                 for i, row in zip(places, restored, strict=True):
                     rows[i] = row
@@ -126,7 +131,9 @@ class RestoreActor:
     def _restore(self, rows: list[Row], at_once: int) -> list[Row]:
         """Rows of one size and kind, which share their time in the network, with up to that many such calls."""
         with self._threads.take(at_once) as threads:
-            if self.work.device == "cpu":  # each thread of Python has a setting of its own
+            if self.work.device == "cpu":
+                # Each thread of Python has a setting of its own, which its first question makes.
+                torch.get_num_threads()
                 torch.set_num_threads(threads)
             return self._restore_with(rows, threads / self._threads.all)
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier, Event, Thread
 
 import numpy as np
 import pytest
@@ -280,6 +283,30 @@ def test_deterministic_recipes_give_the_same_bits_on_any_number_of_threads():
     assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
 
 
+def test_torchs_switches_are_shared_by_images_that_want_the_same_and_waited_for_by_others():
+    switches, order, inside, go_on = restore._Switches(), [], Barrier(3), Event()
+
+    def use(deterministic):
+        with switches.set(deterministic=deterministic, tf32=False):
+            if deterministic:
+                inside.wait(timeout=10)
+                go_on.wait(timeout=10)
+            order.append((deterministic, torch.are_deterministic_algorithms_enabled()))
+
+    first, second, other = (Thread(target=use, args=(wish,), daemon=True) for wish in (True, True, False))
+    first.start()
+    second.start()
+    inside.wait(timeout=10)  # both are in at once
+    other.start()
+    other.join(timeout=0.2)
+    assert other.is_alive()
+    go_on.set()
+    for thread in (first, second, other):
+        thread.join(timeout=10)
+    assert order == [(True, True), (True, True), (False, False)]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_describe_says_network_and_windows():
     restorer = Restorer([network_of(NetConfig(width=8))], replace(RECIPE, steps=(Step("c" * 64),)))
     lines = restorer.describe().splitlines()
@@ -314,6 +341,24 @@ def test_precision_that_disagrees_falls_back(low_precision, monkeypatch):
     assert restored.precision == "float32"
     assert "bf16 agrees with float32 by" in restored.note
     np.testing.assert_array_equal(restored.pixels, restorer_of()(image))
+
+
+def test_no_image_starts_in_a_precision_that_another_is_just_finding_bad(low_precision, monkeypatch):
+    image = mild_scene(5, 64)
+    monkeypatch.setattr(restore, "AGREEMENT_DB", 300.0)
+    restorer = restorer_of(replace(RECIPE, precision="bf16"))
+    compared, compare = [], restorer._compare
+
+    def slowly(colour):
+        compared.append(colour)
+        time.sleep(0.2)
+        return compare(colour)
+
+    monkeypatch.setattr(restorer, "_compare", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        seen = list(pool.map(restorer.restore, [image, image]))
+    assert [one.precision for one in seen] == ["float32", "float32"]
+    assert len(compared) == 1
 
 
 def overflowing():
@@ -540,7 +585,7 @@ def test_a_batch_gives_what_its_images_give_one_by_one(shape, recipe):
     images = [image_of(shape, "uint16", seed) for seed in range(5)]
     restorer, passes = on_a_device(recipe), []
     attempt = restorer._attempt
-    restorer._attempt = lambda colour, tile: (passes.append(colour.shape), attempt(colour, tile))[1]
+    restorer._attempt = lambda colour, *more: (passes.append(colour.shape), attempt(colour, *more))[1]
     together = restorer.restore_batch(images)
     assert passes == [(5, 19, 26, 1 if len(shape) == 2 or shape[2] < 3 else 3)]
     tolerance = {"atol": 1, "rtol": 0} if recipe.precision == "float32" else {"atol": 2**16 * 2**-8, "rtol": 0}
@@ -567,11 +612,11 @@ def test_a_batch_that_runs_out_of_memory_is_halved():
     restorer, passes = on_a_device(), []
     attempt = restorer._attempt
 
-    def scarce(colour, tile):
+    def scarce(colour, *more):
         passes.append(len(colour) if colour.ndim == 4 else 1)
         if colour.ndim == 4 and len(colour) > 2:
             raise torch.OutOfMemoryError
-        return attempt(colour, tile)
+        return attempt(colour, *more)
 
     restorer._attempt = scarce
     images = [image_of((19, 26, 3), "uint8", seed) for seed in range(5)]

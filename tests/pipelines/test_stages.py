@@ -2,8 +2,10 @@
 
 import hashlib
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -410,6 +412,38 @@ def test_the_actor_restores_images_of_one_size_together_and_keeps_their_order(
     for row in rows.to_pylist():
         expected = restorer(decode((places / "in" / row["key"]).read_bytes()).pixels)
         np.testing.assert_array_equal(np.frombuffer(row["restored"], expected.dtype), expected.ravel())
+
+
+def test_an_actor_called_for_two_tables_at_once_shares_its_threads_out(
+    places: Path, checkpoint_file: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(places / "ref")
+    for i in range(6):
+        (places / "in" / f"e{i}.png").write_bytes(encode(Picture(photo(rng, 40, 56), "PNG")))
+    work, pairs = work_and_pairs(places, checkpoint_file)
+    actor = RestoreActor(replace(work, threads=2))
+    [fetched] = fetch(pairs, work)
+    alone = actor(fetched)
+    used, most, lock, together = 0, 0, Lock(), actor.restorer.restore_batch
+
+    def noted(images: list[Any]) -> list[Restored]:
+        nonlocal used, most
+        mine = torch.get_num_threads()
+        with lock:
+            used += mine
+            most = max(most, used)
+        try:
+            return together(images)
+        finally:
+            with lock:
+                used -= mine
+
+    monkeypatch.setattr(actor.restorer, "restore_batch", noted)
+    with ThreadPoolExecutor(2) as callers:
+        both = list(callers.map(actor, [fetched, fetched]))
+    assert most == 2
+    for rows in both:
+        assert rows.drop_columns("seconds").equals(alone.drop_columns("seconds"))
 
 
 def test_one_image_that_cannot_be_restored_does_not_take_its_batch_along(
