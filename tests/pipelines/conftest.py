@@ -57,7 +57,7 @@ def s3_address(s3_folder: Path) -> Iterator[str]:
     port = free_port()
     address = f"127.0.0.1:{port}"
     rclone = Path(sys.executable).with_name("rclone")
-    command = [rclone, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", address, "--dir-cache-time", "0s"]
+    command = [rclone, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", address, "--dir-cache-time", "50ms"]
     environment = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT_URL": f"http://{address}"}
     environment |= {"AWS_DEFAULT_REGION": "us-east-1"}
     # With a range this server sends the checksum of the whole object. Set before any client is made: they are kept.
