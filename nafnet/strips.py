@@ -41,7 +41,8 @@ class StripNetwork:
         """Restore (H, W, image_channels) float32, about [0, 1]: what `Network` gives, to 1e-5 in float32."""
         height, width, _ = image.shape
         stride = self.config.stride
-        image = F.pad(image, (0, 0, 0, -width % stride, 0, -height % stride))
+        if height % stride or width % stride:  # padding by nothing would copy the image
+            image = F.pad(image, (0, 0, 0, -width % stride, 0, -height % stride))
         x = self._intro(image.to(self.dtype), self.dtype)
         # What blocks make between their walks, largest at full resolution: fresh memory for each would cost more than
         # what some of them compute.

@@ -95,6 +95,7 @@ def restore_tiles(
             kept_columns.start - columns.start : kept_columns.stop - columns.start,
         ]
         out[kept_rows, kept_columns] += inner * share
+        del piece, inner  # not beside the maps of the next tile
     return out
 
 
