@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import matplotlib as mpl
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
 from nafnet import catalog
+from nafnet import checkpoint as checkpoints
 from nafnet.ablations import ABLATIONS
 from nafnet.conventions import PROTOCOLS, Convention
 from nafnet.recipe import Recipe
@@ -24,9 +25,20 @@ from pipelines.parts import write_parquet
 from pipelines.records import Status
 from pipelines.report import Summary
 from pipelines.storage import Store
+from pipelines.weights import locate
 
 SAMPLE = 20  # images that an explanation is tried on
 _RANGE_GUESS_DB = 20 * math.log10(255)  # added to an image whose float prediction is taken for 8-bit, or the reverse
+_GUESS_MARGIN = 0.05  # of an image, by which the number of those may be off a whole one
+_SAME_NUMBER = 0.005  # dB
+# Of GoPro (Chu et al., arXiv 2112.04491, table 1, and MMagic's model page).
+_OTHERS = {
+    "NAFNet-GoPro-width64": (
+        (33.08, "tlc", "without TLC"),
+        (33.65, "tiles", "in patches of the size it was trained on"),
+        (33.7246, "rounding", "where predictions are not rounded"),
+    )
+}
 _GIVE = "give the value to meet with --expect PSNR,SSIM"
 _NAMED = 5  # missing images that are named
 
@@ -75,7 +87,9 @@ class Verdict:
     psnr: float | None
     ssim_3d: float | None
     problems: tuple[str, ...]
-    causes: tuple[Cause, ...] = field(default=())
+    causes: tuple[Cause, ...] = ()
+    tried: tuple[str, ...] = ()  # names of what was run on a sample
+    not_tried: tuple[str, ...] = ()  # what was to be run, and what came in the way
 
     @property
     def reproduced(self) -> bool:
@@ -117,6 +131,26 @@ def published(name: str, data: str) -> Published:
         if value is not None:
             return Published(name, value, None, images)
     raise ValueError(f"nothing is published of {name!r} on {data}: nafnet info lists what is; or {_GIVE}")
+
+
+def check_row(name: str, data: str, weights: str) -> None:
+    """Nothing, where the network of a checkpoint (file, URL, catalog name) is that of an ablation row.
+
+    Raises:
+        CheckpointError, ValueError: it cannot be read, or is another network.
+    """
+    config = checkpoints.load(locate(weights)).network.config
+    wanted = ABLATIONS[name].config(data)  # type: ignore[arg-type]  # it raises for one it has not
+    others = [
+        f"{one.name} is {getattr(config, one.name)}, the row's {getattr(wanted, one.name)}"
+        for one in fields(config)
+        if getattr(config, one.name) != getattr(wanted, one.name)
+    ]
+    if others:
+        raise ValueError(
+            f"{weights} is not the network of {name}: {'; '.join(others)}. A .pth tells neither sigma nor activation: "
+            "write such a network with nafnet.checkpoint.save, whose header does"
+        )
 
 
 def kind(recipe: Recipe, summary: Summary) -> tuple[str, Tolerance]:
@@ -189,11 +223,22 @@ def _read_off(summary: Summary, verdict: Verdict) -> list[Cause]:
     shift = verdict.psnr_off
     if shift is not None and summary["scored"]:
         guessed = -shift * summary["scored"] / _RANGE_GUESS_DB
-        if abs(shift) > 1 and guessed > 0.99 and abs(guessed - round(guessed)) < 0.02 * max(1, guessed):
+        if abs(shift) > verdict.tolerance.psnr and guessed > 0.9 and abs(guessed - round(guessed)) < _GUESS_MARGIN:
             causes.append(
                 Cause("range", f"the difference is {round(guessed)} times {_RANGE_GUESS_DB:.2f} dB over all images: "
                       "where the value comes from, the data range of some was guessed from their values")
             )  # fmt: skip
+    return causes + _known(verdict)
+
+
+def _known(verdict: Verdict) -> list[Cause]:
+    """Numbers that others are known to have got from the same checkpoint, on either side of the comparison."""
+    causes = []
+    for value, name, words in _OTHERS.get(verdict.checkpoint, ()):
+        if verdict.psnr is not None and abs(verdict.psnr - value) <= _SAME_NUMBER:
+            causes.append(Cause(name, f"{value:g} dB is what this checkpoint gives {words}"))
+        elif abs(verdict.published.psnr - value) <= _SAME_NUMBER:
+            causes.append(Cause(name, f"the value to meet, {value:g} dB, is what this checkpoint gives {words}"))
     return causes
 
 
@@ -266,7 +311,9 @@ def lines(verdict: Verdict) -> list[str]:
     text += [f"           {problem}" for problem in verdict.problems]
     text += [f"cause      {cause.words}" for cause in verdict.causes]
     if verdict.problems and not verdict.causes:
-        text.append("cause      not found: none of the usual ones explains it")
+        tried = f"not found: none of the usual ones explains it (tried on a sample: {', '.join(verdict.tried)})"
+        text.append(f"cause      {tried if verdict.tried else 'not looked for on a sample'}")
+    text += [f"           could not be tried: {words}" for words in verdict.not_tried]
     return text
 
 
@@ -287,6 +334,7 @@ def read_verdict(output: Store) -> Verdict:
             "tolerance": Tolerance(**content["tolerance"]),
             "problems": tuple(content["problems"]),
             "causes": tuple(Cause(**cause) for cause in content["causes"]),
+            **{name: tuple(content[name]) for name in ("tried", "not_tried")},
         }
     )
 
@@ -297,6 +345,7 @@ def write_table(output: Store, verdicts: Sequence[Verdict]) -> dict[str, str]:
         {
             "data": verdict.data,
             "checkpoint": verdict.checkpoint,
+            "against": verdict.published.name,
             "run": verdict.kind,
             "images": verdict.images,
             "psnr_published": verdict.published.psnr,
@@ -319,7 +368,7 @@ def write_table(output: Store, verdicts: Sequence[Verdict]) -> dict[str, str]:
 _FORMATS = {"table": "md", "rows": "parquet", "plot": "svg"}
 _TABLE = pa.schema(
     [
-        *((name, pa.string()) for name in ("data", "checkpoint", "run")),
+        *((name, pa.string()) for name in ("data", "checkpoint", "against", "run")),
         ("images", pa.int64()),
         *((name, pa.float64()) for name in ("psnr_published", "psnr", "psnr_off")),
         *((name, pa.float64()) for name in ("ssim_3d_published", "ssim_3d", "ssim_3d_off")),
@@ -330,7 +379,7 @@ _TABLE = pa.schema(
 
 
 _HEAD = (
-    ("Data set", "Checkpoint", "Run"),
+    ("Data set", "Checkpoint", "Against", "Run"),
     ("PSNR published", "ours", "off by", "SSIM-3D published", "ours", "off by"),
     ("",),
 )
@@ -344,7 +393,7 @@ def table_markdown(verdicts: Sequence[Verdict]) -> str:
         goal = verdict.published
         table.append(
             [
-                *(verdict.data, verdict.checkpoint.replace("|", "\\|"), verdict.kind),
+                *(verdict.data, verdict.checkpoint.replace("|", "\\|"), goal.name, verdict.kind),
                 *(_number(goal.psnr), _number(verdict.psnr), _number(verdict.psnr_off, "+")),
                 *(_number(goal.ssim_3d), _number(verdict.ssim_3d), _number(verdict.ssim_off, "+")),
                 "reproduced" if verdict.reproduced else "not reproduced",
@@ -380,7 +429,11 @@ def table_plot(verdicts: Sequence[Verdict]) -> bytes:
         axes.annotate(
             f"{verdict.psnr_off:+.4f} dB", (shown, place), xytext=(7, -3), textcoords="offset points", fontsize=8
         )
-    names = [f"{verdict.checkpoint.rpartition('/')[2]}, {verdict.data}, {verdict.kind}" for verdict in verdicts]
+    names = [
+        f"{goal if goal in ABLATIONS else verdict.checkpoint.rpartition('/')[2]}, {verdict.data}, {verdict.kind}"
+        for verdict in verdicts
+        for goal in (verdict.published.name,)
+    ]
     axes.set_yticks(list(places), names, fontsize=8)
     axes.set(xlim=(-_SHOWN - 0.5, _SHOWN + 2.5), xlabel="PSNR, ours less published, in units of the tolerance")
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -18,7 +18,8 @@ def benchmark(
         typer.Option(
             "--data",
             metavar="URL",
-            help="The data set as it is distributed: a folder or a prefix. With --all NAME=URL, once for each.",
+            help="The data set as it is distributed: a folder or a prefix. With --all NAME=URL, once for each. Or a "
+            "list (.csv, .jsonl, .parquet) with the columns source and reference, or any folder with --reference.",
         ),
     ] = None,
     output: Annotated[
@@ -27,13 +28,16 @@ def benchmark(
     ] = None,
     checkpoint: Annotated[
         list[str] | None,
-        typer.Option(help="A catalog name, a file or a URL; may repeat. Default: the widest NAFNet of the data set."),
+        typer.Option(
+            help="A catalog name, a file or a URL; may repeat. {row} in it stands for the name of each ablation row of "
+            "--against. Default: the widest NAFNet of the data set."
+        ),
     ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="The catalog or ablation row whose published value is to be met, one for each checkpoint. Default: "
-            "the checkpoint's own."
+            help="The catalog or ablation row whose published value is to be met, one for each checkpoint. With {row} "
+            "in --checkpoint: rows, tables (table5) or globs. Default: the checkpoint's own."
         ),
     ] = None,
     expect: Annotated[
@@ -43,6 +47,15 @@ def benchmark(
     all_: Annotated[bool, typer.Option("--all", help="Every published checkpoint of the data sets given.")] = False,
     variant: Annotated[
         Literal["gamma"] | None, typer.Option(help="gamma: GoPro's blur_gamma, which is not the published one.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Where the sharp originals lie, for a data set that lies in a way of its own.")
+    ] = None,
+    pair: Annotated[
+        str | None, typer.Option(metavar="OLD=NEW", help="How references are named then, as in nafnet restore.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Which images of it are scored then; may repeat.")
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain/--no-explain", help="When it is off, look for the cause on a sample.")
@@ -76,22 +89,31 @@ def benchmark(
         "variant": variant, "explain": explain, "tlc": tlc, "train_size": train_size, "protocol": protocol,
         "metrics": metrics, "precision": precision, "tile": int(tile) if tile.isdecimal() else tile, "actors": actors,
         "gpus_per_actor": gpus_per_actor, "ray_address": ray_address, "images": images, "storage": storage,
+        "reference": reference, "pair": pair, "include": tuple(include) if include else None,
     }  # fmt: skip
     verdicts: list[Verdict] = []
     with clear_errors():
         psnr, ssim = _expected(expect)
         base = output or "benchmark"
+        if all_ and (odd := _odd({"DATA": data, "--checkpoint": checkpoint, "--against": against, "--expect": expect})):
+            raise ValueError(f"--all runs every published checkpoint against its own value: leave out {odd}")
         runs = _all(where or []) if all_ else _some(data, where, checkpoint, against)
-        for name, url, one, goal in runs:
-            place = f"{base}/{name}-{one.rpartition('/')[2]}" if output is None or len(runs) > 1 else base
-            parameters: dict[str, Any] = settings | {
+        places = [base] if output is not None and len(runs) == 1 else [f"{base}/{_folder(one)}" for one in runs]
+        if twice := sorted({place for place in places if places.count(place) > 1}):
+            raise ValueError(f"several runs would write to {', '.join(twice)}: run them one by one, with --output")
+        jobs: list[dict[str, Any]] = [
+            settings | {
                 "data": name, "url": url, "output": place, "checkpoint": one, "against": goal,
                 "expect_psnr": psnr, "expect_ssim_3d": ssim,
-            }  # fmt: skip
+            }
+            for (name, url, one, goal), place in zip(runs, places, strict=True)
+        ]  # fmt: skip
+        for parameters in jobs:
             try:
                 flows.prepare(flows.benchmark_job({"halo": 192, **parameters})[2])
             except ValidationError as error:
                 raise ValueError(words_of(error)) from error
+        for parameters, place in zip(jobs, places, strict=True):
             state = flows.benchmark(**parameters, return_state=True)
             if not state.is_completed() and state.name != flows.NOT_REPRODUCED:
                 end_early(state)
@@ -111,10 +133,24 @@ def benchmark(
 Run = tuple[str, str, str, str | None]  # data set, URL, checkpoint, whose value is to be met
 
 
+def _folder(run: Run) -> str:
+    """What a run's output is called: by its row where that is an ablation, else by its checkpoint."""
+    from nafnet.ablations import ABLATIONS
+
+    data, _, checkpoint, goal = run
+    return f"{data}-{goal.replace('/', '-') if goal in ABLATIONS else checkpoint.rpartition('/')[2]}"
+
+
+def _odd(given: dict[str, object]) -> str:
+    """The names of what was given."""
+    return ", ".join(name for name, value in given.items() if value)
+
+
 def _some(
     data: str | None, where: list[str] | None, checkpoints: list[str] | None, against: list[str] | None
 ) -> list[Run]:
     """A run for each checkpoint on one data set."""
+    from nafnet.ablations import select
     from pipelines.benchmark import default_checkpoint
 
     if data is None:
@@ -123,6 +159,13 @@ def _some(
         raise ValueError(f"--data takes one URL with {data}, got {len(where or [])}")
     chosen = checkpoints or [default_checkpoint(data)]
     goals: list[str | None] = [*against] if against else [None for _ in chosen]
+    if templates := [one for one in chosen if "{row}" in one]:
+        if len(chosen) > 1 or not against:
+            raise ValueError(
+                f"{templates[0]}: {{row}} takes one --checkpoint, and the rows that it stands for as --against"
+            )
+        goals = [row.name for row in select(*against)]
+        chosen = [templates[0].replace("{row}", str(name)) for name in goals]
     if len(goals) != len(chosen):
         raise ValueError(f"{len(chosen)} checkpoints need as many --against, got {len(goals)}")
     url = (where or [""])[0].removeprefix(f"{data}=")

@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 from prefect.tasks import exponential_backoff
 
+from nafnet.ablations import ABLATIONS
 from nafnet.conventions import Convention, ProfileName, ProtocolName
 from nafnet.recipe import Precision, Tile
 from pipelines import benchmark as benchmarks
@@ -50,6 +51,7 @@ from pipelines.containers import open_collection
 from pipelines.datasets import IMAGES, DataName, Found
 from pipelines.driver import Order, is_passing
 from pipelines.lease import Lease
+from pipelines.listing import is_listing
 from pipelines.manifest import Plan
 from pipelines.parts import PartWriter, set_aside
 from pipelines.prepare import Prepared, settle_job
@@ -353,6 +355,9 @@ def benchmark(
     expect_ssim_3d: float | None = None,
     images: int | None = None,
     variant: Literal["gamma"] | None = None,
+    reference: str | None = None,
+    pair: str | None = None,
+    include: tuple[str, ...] | None = None,
     explain: bool = True,
     tlc: bool | None = None,
     train_size: int | None = None,
@@ -372,12 +377,15 @@ def benchmark(
 
     Args:
         data: The test set
-        url: The test set as it is distributed: a folder or a prefix
+        url: The test set as it is distributed (a folder or a prefix), a list of pairs, or with reference any images
         against: The catalog or ablation row whose published value is to be met; unset: the checkpoint's own
         expect_psnr: The mean PSNR to meet instead, dB
         expect_ssim_3d: The mean SSIM-3D to meet instead
         images: How many images there should be; unset: the published number
         variant: gamma: GoPro's blur_gamma, which is not the published one
+        reference: Where the sharp originals lie, for a test set that lies in a way of its own
+        pair: How references are named then, OLD=NEW
+        include: Which images of it are scored then; globs
         explain: When the value is not met, look for the cause on a sample
     """
     given = dict(locals())
@@ -402,7 +410,7 @@ def benchmark_job(given: dict[str, Any]) -> tuple[Found, Published, RestoreJob]:
     """
     data = given["data"]
     use(load_options(given["storage"]))
-    found = datasets.find(data, given["url"], variant=given["variant"])
+    found = _test_set(given)
     checkpoint = given["checkpoint"] or benchmarks.default_checkpoint(data)
     job = RestoreJob(
         source=found.source,
@@ -417,9 +425,25 @@ def benchmark_job(given: dict[str, Any]) -> tuple[Found, Published, RestoreJob]:
     if given["expect_psnr"] is not None:
         goal = Published("the value given", given["expect_psnr"], given["expect_ssim_3d"], given["images"])
     else:
-        goal = benchmarks.published(given["against"] or checkpoint, data)
+        name = given["against"] or checkpoint
+        goal = benchmarks.published(name, data)
         goal = replace(goal, images=given["images"] or goal.images)
+        if name in ABLATIONS:
+            benchmarks.check_row(name, data, checkpoint)
     return found, goal, job
+
+
+def _test_set(given: dict[str, Any]) -> Found:
+    """The test set as it is distributed, or as the parameters say that it lies. Raises as `benchmark_job` does."""
+    data, url, own = given["data"], given["url"], {name: given[name] for name in ("reference", "pair", "include")}
+    if not is_listing(url) and own["reference"] is None:
+        if named := [name for name, value in own.items() if value is not None]:
+            raise ValueError(f"{' and '.join(named)} without a reference: a set as it is distributed needs neither")
+        return datasets.find(data, url, variant=given["variant"])
+    if given["variant"] is not None:
+        raise ValueError("a variant is one of a set as it is distributed: leave out the variant, or the reference")
+    words = "a list of pairs" if is_listing(url) else "images and references as given"
+    return Found(data, words, url, own["reference"], tuple(own["include"] or datasets.IMAGES), own["pair"])
 
 
 _BENCHMARK_FIELDS = (
@@ -439,26 +463,32 @@ def judge_run(job: RestoreJob, found: Found, goal: Published, *, explain: bool) 
     names = "+".join(job.checkpoint)
     verdict = benchmarks.judge(rows, summary, prepared.recipe, goal, data=found.data, checkpoint=names)
     if explain and not verdict.reproduced:
-        verdict = replace(verdict, causes=(*verdict.causes, *_tried(prepared, keys.to_pylist(), rows, found, verdict)))
+        verdict = _explained(prepared, keys.to_pylist(), rows, found, verdict)
     benchmarks.write_verdict(output, verdict)
     return verdict
 
 
-def _tried(prepared: Prepared, keys: Sequence[str], rows: pa.Table, found: Found, verdict: Verdict) -> Iterator[Cause]:
-    """The settings that, on a sample, make the difference that the run shows."""
+def _explained(prepared: Prepared, keys: Sequence[str], rows: pa.Table, found: Found, verdict: Verdict) -> Verdict:
+    """With the settings that, on a sample, make the difference that the run shows, and what else was tried."""
     if verdict.psnr_off is None or abs(verdict.psnr_off) <= verdict.tolerance.psnr:
-        return
+        return verdict
     scores = dict(zip(rows["key"].to_pylist(), rows["psnr"].to_pylist(), strict=True))
     places = [at for at in benchmarks.sampled(keys) if scores.get(keys[at]) is not None]
     convention = Convention.parse(prepared.protocol)
+    causes, tried, not_tried = list(verdict.causes), list[str](), list[str]()
     for trial in benchmarks.trials(prepared.recipe, convention, found.data, datasets.other_blur(found)):
         logger.info("trying on %d images whether %s", len(places), trial.words)
-        with unimportant():
+        try:
             moved = _moved(prepared.job, trial, places, [scores[keys[at]] for at in places])
-            if benchmarks.explains(verdict, moved):
-                yield Cause(
-                    trial.name, f"{trial.words}: on {len(places)} images the other way moves PSNR by {moved:+.3f} dB"
-                )
+        except Exception as error:
+            logger.warning("%s could not be tried", trial.name, exc_info=True)
+            not_tried.append(f"{trial.name}: {type(error).__name__}: {error}")
+            continue
+        tried.append(trial.name)
+        if benchmarks.explains(verdict, moved):
+            words = f"{trial.words}: on {len(places)} images the other way moves PSNR by {moved:+.3f} dB"
+            causes.append(Cause(trial.name, words))
+    return replace(verdict, causes=tuple(causes), tried=tuple(tried), not_tried=tuple(not_tried))
 
 
 def _moved(job: RestoreJob, trial: Trial, places: Sequence[int], before: Sequence[float]) -> float | None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from inspect import signature
@@ -16,15 +17,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from nafnet import catalog
+from nafnet import ablations, catalog, checkpoint
 from nafnet.images import decode
 from nafnet.model import NetConfig
-from pipelines import benchmark, datasets, engine, flows, made, manifest, report
+from pipelines import benchmark, check, datasets, engine, flows, made, manifest, report
 from pipelines.cli import app
 from pipelines.containers import open_collection
 from pipelines.made import LAYOUTS, make
@@ -150,6 +152,40 @@ def test_each_format_meets_the_reference_arithmetic(tmp_path: Path, weights: Pat
     assert verdict.kind == "float32, whole images"
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folders"])
+def test_pairs_of_ones_own_meet_it_too(tmp_path: Path, weights: Path, kind: str) -> None:
+    flat = make("gopro", tmp_path / "set", images=3, layout="flat", size=SIZE)
+    score = expected("gopro", flat, tlc=True, rounds=True)
+    own = tmp_path / "own"
+    for name, there in (("input", "a"), ("target", "b")):
+        (own / there).mkdir(parents=True)
+        for path in sorted((flat / "test" / name).iterdir()):
+            path.rename(own / there / f"{path.stem}_{there}.png")
+    pairs = [(f"a/{path.name}", f"b/{path.stem[:-1]}b.png") for path in sorted((own / "a").iterdir())]
+    table = pa.table({"source": [a for a, _ in pairs], "reference": [b for _, b in pairs]})
+    if kind == "csv":
+        pa_csv.write_csv(table, own / "pairs.csv")
+    elif kind == "jsonl":
+        (own / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()))
+    elif kind == "parquet":
+        pq.write_table(table, own / "pairs.parquet")
+    place = {"url": str(own / f"pairs.{kind}")}
+    if kind == "folders":
+        place = {"url": str(own / "a"), "reference": str(own / "b"), "pair": "_a=_b"}
+    verdict = run(tmp_path, "gopro", weights, score, images=3, **place)
+    assert verdict.reproduced, verdict.problems
+    assert verdict.psnr_off == pytest.approx(0, abs=1e-3)
+
+
+def test_a_set_in_a_bucket(tmp_path: Path, weights: Path, s3_folder: Path, s3_url: str) -> None:
+    there = make("gopro", s3_folder / "bucket" / tmp_path.name, images=2, size=SIZE)
+    url = f"{s3_url}/{tmp_path.name}"
+    findings = check.check("gopro", url)
+    assert (findings.images, findings.found.source) == (2, f"{url}/test")
+    score = expected("gopro", there, tlc=True, rounds=True)
+    assert run(tmp_path, "gopro", weights, score, images=2, url=url).reproduced
+
+
 @pytest.fixture
 def gopro(tmp_path: Path) -> Path:
     return make("gopro", tmp_path / "set", images=4, size=SIZE)
@@ -180,6 +216,20 @@ def test_wrong_rounding_is_named(tmp_path: Path, gopro: Path) -> None:
     assert causes(verdict) == ["rounding"]
     assert verdict.causes[0].words.startswith("the prediction is not rounded here")
     assert any("which is not gopro's protocol" in problem for problem in verdict.problems)
+
+
+def test_rounding_on_sidd_is_named(tmp_path: Path) -> None:
+    """Pairs of one image each, as above."""
+    weights = save_published(tmp_path / "weak.pth", network(*WEAK))
+    flat = make("gopro", tmp_path / "set", images=3, layout="flat", size=SIZE)
+    shutil.copytree(flat / "test" / "target", flat / "test" / "input", dirs_exist_ok=True)
+    score = expected("gopro", flat, tlc=False, rounds=False, net=network(*WEAK))
+    place = {"url": str(flat / "test" / "input"), "reference": str(flat / "test" / "target")}
+    verdict = run(tmp_path, "sidd", weights, score, images=3, protocol="gopro", **place)
+    assert abs(verdict.psnr_off or 0) > 0.01
+    assert causes(verdict) == ["rounding"]
+    assert verdict.causes[0].words.startswith("the prediction is rounded here")
+    assert verdict.tried == ("tlc", "rounding")
 
 
 def test_a_flat_ssim_is_named(tmp_path: Path, weights: Path, gopro: Path) -> None:
@@ -216,7 +266,27 @@ def test_what_nothing_explains_is_said(tmp_path: Path, weights: Path, gopro: Pat
     score = expected("gopro", gopro, tlc=True, rounds=True)
     verdict = run(tmp_path, "gopro", weights, (score[0] + 7, score[1]), images=4)
     assert causes(verdict) == []
-    assert "none of the usual ones explains it" in "\n".join(benchmark.lines(verdict))
+    assert verdict.tried == ("tlc", "rounding", "blur_gamma")
+    assert "none of the usual ones explains it (tried on a sample: tlc, rounding" in "\n".join(benchmark.lines(verdict))
+    quiet = run(tmp_path, "gopro", weights, (score[0] + 7, score[1]), images=4, explain=False)
+    assert "cause      not looked for on a sample" in benchmark.lines(quiet)
+
+
+def test_a_setting_that_could_not_be_tried_is_said(
+    tmp_path: Path, weights: Path, gopro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = flows._moved
+
+    def broken(job: Any, trial: benchmark.Trial, *more: Any) -> float | None:
+        if trial.name == "rounding":
+            raise OSError("no space left")
+        return moved(job, trial, *more)
+
+    monkeypatch.setattr(flows, "_moved", broken)
+    score = expected("gopro", gopro, tlc=True, rounds=True)
+    verdict = run(tmp_path, "gopro", weights, (score[0] + 7, score[1]), images=4)
+    assert verdict.tried == ("tlc", "blur_gamma")
+    assert "           could not be tried: rounding: OSError: no space left" in benchmark.lines(verdict)
 
 
 def test_tiles_and_precisions_are_rows_of_their_own(tmp_path: Path, weights: Path, gopro: Path) -> None:
@@ -224,6 +294,16 @@ def test_tiles_and_precisions_are_rows_of_their_own(tmp_path: Path, weights: Pat
     verdict = run(tmp_path, "gopro", weights, score, images=4, tile=68, halo=8)
     assert verdict.kind == "tiled"
     assert verdict.tolerance == benchmark.Tolerance(0.05, 2e-3)
+
+
+def test_tiles_that_change_the_result_are_named(tmp_path: Path, gopro: Path) -> None:
+    """Without TLC each tile has a mean of its own."""
+    strong = (3, 2000)
+    weights = save_published(tmp_path / "strong.pth", network(*strong))
+    score = expected("gopro", gopro, tlc=False, rounds=True, net=network(*strong))
+    verdict = run(tmp_path, "gopro", weights, score, images=4, tlc=False, tile=64, halo=8)
+    assert abs(verdict.psnr_off or 0) > 0.05
+    assert "tiles" in causes(verdict)
 
 
 def test_an_interrupted_run_ends_as_one_run(tmp_path: Path, weights: Path, gopro: Path, monkeypatch: Any) -> None:
@@ -274,6 +354,24 @@ def test_a_guessed_range_shows_in_the_numbers() -> None:
     found = benchmark._read_off(summary, off)
     assert [cause.name for cause in found] == ["range"]
     assert "50 times 48.13 dB" in found[0].words
+    one = verdict_of(33.71, 33.71 + 20 * math.log10(255) / 1111)
+    assert [cause.name for cause in benchmark._read_off(summary, one)] == ["range"]
+    assert benchmark._read_off(summary, verdict_of(30.71, 33.71)) == []  # 69.25 images
+
+
+@pytest.mark.parametrize(
+    ("ours", "goal", "cause", "words"),
+    [
+        (33.0812, 33.7103, "tlc", "33.08 dB is what this checkpoint gives without TLC"),
+        (33.7103, 33.65, "tiles", "the value to meet, 33.65 dB, is what this checkpoint gives in patches"),
+        (33.7246, 33.7103, "rounding", "33.7246 dB is what this checkpoint gives where predictions are not rounded"),
+    ],
+)
+def test_numbers_that_others_got_are_known(ours: float, goal: float, cause: str, words: str) -> None:
+    summary = {"images": 1111, "counts": {"missing": 0, "restored": 1111}, "ssim_2d": 0.9, "scored": 1111}
+    (found,) = benchmark._read_off(summary, verdict_of(ours, goal, checkpoint="NAFNet-GoPro-width64"))
+    assert found.name == cause
+    assert found.words.startswith(words)
 
 
 def test_published_values_of_rows() -> None:
@@ -299,6 +397,7 @@ def test_the_table_of_many_runs(tmp_path: Path) -> None:
     cells = [
         "gopro",
         "a\\|b",
+        "row",
         "float32, whole images",
         *["33.7103", "33.0800", "-0.6303", "0.9668", "0.9600", "-0.0068"],
     ]
@@ -328,6 +427,9 @@ def test_the_command(tmp_path: Path, weights: Path, gopro: Path, command_environ
         (["benchmark", "gopro"], "--data takes one URL with gopro"),
         (["benchmark", "gopro", "--data", "/nowhere"], "no folder at /nowhere"),
         (["benchmark", "--all", "--data", "x=/y"], "--all takes --data NAME=URL"),
+        (["benchmark", "--all", "--data", "gopro=/y", "--expect", "30"], "against its own value: leave out --expect"),
+        (["benchmark", "gopro", "--data", "SET", "--pair", "a=b"], "pair without a reference"),
+        (["benchmark", "gopro", "--data", "SET", "--checkpoint", "{row}.pth"], "{row} takes one --checkpoint"),
         (["benchmark", "gopro", "--data", "SET", "--checkpoint", "demo"], "nothing is published of demo on gopro"),
         (["benchmark", "gopro", "--data", "SET", "--expect", "high"], "--expect takes PSNR or PSNR,SSIM"),
         (
@@ -365,10 +467,41 @@ def test_all_published_rows_end_as_one_table(tmp_path: Path, gopro: Path, monkey
     table = (tmp_path / "benchmark" / "benchmark.md").read_text()
     assert table in result.stdout
     ours, other = (re.split(r"\s+\|\s+", line.strip("| ")) for line in table.splitlines()[2:])
-    assert ours[:4] == ["gopro", "Ours-GoPro", "float32, whole images", f"{goal[0]:.4f}"]
+    assert ours[:5] == ["gopro", "Ours-GoPro", "Ours-GoPro", "float32, whole images", f"{goal[0]:.4f}"]
     assert (ours[-1], other[-1]) == ("reproduced", "not reproduced")
-    assert float(other[5]) == pytest.approx(-1, abs=1e-3)
+    assert float(other[6]) == pytest.approx(-1, abs=1e-3)
     assert "not reproduced: gopro Other-GoPro" in result.stderr
+
+
+def test_ablations_are_run_over_a_set_of_them(tmp_path: Path, gopro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("table5/relu", "table5/gelu"):
+        (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        net = reference.randomize(ablations.build(name, "gopro"))
+        with torch.no_grad():
+            net.ending.weight.mul_(0.02)
+            net.ending.bias.zero_()
+        checkpoint.save(tmp_path / "runs" / f"{name}.safetensors", net, {})
+    words = ["benchmark", "gopro", "--data", str(gopro), "--images", "4", "--no-explain", "--against", "table5/*elu"]
+    result = CliRunner().invoke(app, [*words, "--checkpoint", "runs/{row}.safetensors"])
+    assert result.exit_code == 1, result.output
+    table = (tmp_path / "benchmark" / "benchmark.md").read_text()
+    rows = [re.split(r"\s+\|\s+", line.strip("| ")) for line in table.splitlines()[2:]]
+    assert [(row[2], row[4]) for row in rows] == [("table5/relu", "32.5900"), ("table5/gelu", "32.7200")]
+    assert rows[0][5] != rows[1][5]  # two networks
+    assert (tmp_path / "benchmark" / "gopro-table5-relu" / "report.html").exists()
+
+
+def test_a_file_that_is_not_the_rows_network_is_refused(
+    tmp_path: Path, gopro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_published(tmp_path / "relu.pth", ablations.build("table5/relu", "gopro"))
+    words = ["benchmark", "gopro", "--data", str(gopro), "--checkpoint", "relu.pth", "--against", "table5/relu"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert "relu.pth is not the network of table5/relu: sigma is identity, the row's relu" in result.stderr
+    assert not (tmp_path / "benchmark").exists()
 
 
 def test_the_command_ends_red(tmp_path: Path, weights: Path, gopro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
