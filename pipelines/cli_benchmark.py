@@ -97,8 +97,10 @@ def benchmark(
         base = output or "benchmark"
         if all_ and (odd := _odd({"DATA": data, "--checkpoint": checkpoint, "--against": against, "--expect": expect})):
             raise ValueError(f"--all runs every published checkpoint against its own value: leave out {odd}")
+        # Another precision and tiles are runs of their own, which leave the published kind's where it is.
+        kind = "".join(f"-{word}" for word, usual in ((precision, "float32"), (tile, "whole")) if word != usual)
         runs = _all(where or []) if all_ else _some(data, where, checkpoint, against)
-        places = [base] if output is not None and len(runs) == 1 else [f"{base}/{_folder(one)}" for one in runs]
+        places = [base] if output is not None and len(runs) == 1 else [f"{base}/{_folder(one)}{kind}" for one in runs]
         if twice := sorted({place for place in places if places.count(place) > 1}):
             raise ValueError(f"several runs would write to {', '.join(twice)}: run them one by one, with --output")
         jobs: list[dict[str, Any]] = [
@@ -123,8 +125,8 @@ def benchmark(
             print(f"report     {Store(place).url('report.html')}\n")
         if all_ or len(verdicts) > 1:
             print(table_markdown(verdicts))
-            for kind, where_to in write_table(Store(base), verdicts).items():
-                print(f"{kind:<10} {where_to}")
+            for what, where_to in write_table(Store(base), verdicts).items():
+                print(f"{what:<10} {where_to}")
     failed = [f"{verdict.data} {verdict.checkpoint}" for verdict in verdicts if not verdict.reproduced]
     if failed:
         fail(f"not reproduced: {', '.join(failed)}", code=1)

@@ -516,3 +516,12 @@ def test_the_command_ends_red(tmp_path: Path, weights: Path, gopro: Path, monkey
     assert "| demo " in table
     assert table in result.stdout
     assert (tmp_path / "benchmark" / "gopro-demo" / "report.html").exists()
+
+
+def test_runs_of_another_kind_leave_the_published_kinds_where_it_is(
+    tmp_path: Path, gopro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["benchmark", "gopro", "--data", str(gopro), "--expect", "40", "--no-explain", "--checkpoint", "demo"]
+    assert CliRunner().invoke(app, [*words, "--tile", "auto"]).exit_code == 1
+    assert [path.name for path in (tmp_path / "benchmark").iterdir()] == ["gopro-demo-auto"]
