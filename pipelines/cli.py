@@ -327,6 +327,7 @@ def info(
         "ffn_expand": ffn_expand,
         "image_channels": image_channels,
     }
+    quiet(verbose=False)  # which shows how far a file that is fetched has come
     given = {dial: value for dial, value in shape.items() if value is not None}
     problems: list[str] = []
     rows: list[Ablation] | None = None

@@ -179,6 +179,12 @@ def test_info_tells_what_a_file_holds(checkpoint_file: Path) -> None:
     assert "catalog     not in the catalog" in done.stdout
 
 
+def test_info_shows_how_far_a_file_that_it_fetches_has_come(tmp_path: Path, checkpoint_file: Path) -> None:
+    done = nafnet("info", f"file://{checkpoint_file}", env={**os.environ, "NAFNET_CACHE": str(tmp_path)})
+    assert "NAFNet, width 8" in done.stdout
+    assert f"fetching {checkpoint_file} (" in done.stderr
+
+
 def info(*words: str) -> str:
     """What `nafnet info` prints, in this process: it loads nothing that could be in the way."""
     done = CliRunner().invoke(app, ["info", *words])
