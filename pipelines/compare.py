@@ -6,23 +6,17 @@ first one, A; the others are B, C and so on. `compare_html` draws the page from 
 
 import hashlib
 import json
-import os
-import platform
-import shutil
 import string
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from nafnet.recipe import Recipe
 from pipelines.listing import ROWS
@@ -504,11 +498,14 @@ def _pixels(pair: Pairing | None) -> str:
 
 
 def _device(run: Run) -> str:
-    """Where the network ran, as far as is known: run.json holds the driver's own devices."""
+    """What the network ran on: the kinds there are among the cluster's machines, or, unknown, the driver's."""
     on_gpu = bool(_number(_at(run.record, "ray", "pool", "gpus")) or _number(_at(run.record, "job", "gpus_per_actor")))
-    gpus = _at(run.record, "machine", "gpus")
-    name = gpus[0] if on_gpu and isinstance(gpus, list) and gpus else _at(run.record, "machine", "cpu")
-    return "a GPU" if on_gpu and not gpus else str(name or "")
+    machines = _at(run.record, "ray", "machines") or [_at(run.record, "machine")]
+    known = [machine for machine in machines if isinstance(machine, Mapping)] if isinstance(machines, list) else []
+    if not on_gpu:
+        return " and ".join(sorted({str(machine["cpu"]) for machine in known if machine.get("cpu")}))
+    gpus = {str(gpu) for machine in known for gpu in machine.get("gpus") or ()}
+    return " and ".join(sorted(gpus)) or "a GPU"
 
 
 def decibels(difference: float) -> str:
@@ -637,39 +634,6 @@ def inputs_hash(rows: pa.Table) -> str:
         for pair in zip(*(values.to_pylist() for values in some.columns), strict=True):
             content.update(json.dumps(pair).encode() + b"\n")
     return content.hexdigest()
-
-
-def describe_machine() -> dict[str, Any]:
-    """This machine: host, system and processor, and its NVIDIA GPUs with their driver and torch's CUDA."""
-    facts = {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count(), "cpu": _cpu()}
-    gpus = _gpus()
-    if not gpus:
-        return facts
-    cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
-    return {**facts, "gpus": [name for name, _ in gpus], "driver": gpus[0][1], **cuda}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _gpus() -> list[tuple[str, str]]:
-    """Name and driver of each. Asked of nvidia-smi, since torch would take some of a GPU's memory to answer."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S603 - fixed words
-    except (OSError, subprocess.SubprocessError):
-        return []
-    pairs = (line.rpartition(",") for line in said.splitlines() if "," in line)
-    return [(name.strip(), driver.strip()) for name, _, driver in pairs]
 
 
 def precision_flags(recipe: Recipe, threads: int | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # in huge pag
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset it warns at each start
 
+import json
 import logging
 import math
 import secrets
@@ -31,6 +32,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -46,10 +48,12 @@ from ray import cloudpickle
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RaySystemError, RayTaskError
-from ray.util.metrics import Counter, Histogram
+from ray.util import metrics
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.actor import RestoreActor
 from pipelines.isolation import Isolated, ProcessDied
+from pipelines.machine import describe_machine
 from pipelines.records import MANIFEST_SCHEMA, REPORT_SCHEMA, Status
 from pipelines.stages import BLOCK_BYTES, Work, fetch, finish
 
@@ -77,6 +81,7 @@ _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray D
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
 _TOKEN = secrets.token_hex(32)
 _REACH_SECONDS = 10  # for a head to take a connection
+_MACHINES_SECONDS = 30  # for the nodes to say what they are
 _SETTLE_SECONDS = 3  # in which what a job has just given back counts as free
 _WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
 _STAGES = {"fetch_seconds": "fetch", "seconds": "network", "finish_seconds": "finish"}
@@ -224,6 +229,28 @@ def _look() -> Cluster:
     )
 
 
+def _machines() -> list[dict[str, Any]]:
+    """The kinds of machine that the connected cluster has, each with its count, the most frequent first.
+
+    A node that leaves meanwhile, or has not answered in time, is left out.
+    """
+    ask = ray.remote(num_cpus=0, max_retries=0)(describe_machine)
+    asked = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+    came, _ = ray.wait(asked, num_returns=len(asked), timeout=_MACHINES_SECONDS)
+    kinds = Counter[str]()
+    for answer in came:
+        try:
+            facts = ray.get(answer)
+        except RayError:
+            continue
+        kinds[json.dumps({name: fact for name, fact in facts.items() if name != "host"})] += 1
+    return [{"count": count, **json.loads(kind)} for kind, count in kinds.most_common()]
+
+
 def _check_there(address: str) -> None:
     """Ray itself would try for minutes. Raises ConnectionError."""
     if address == "auto":
@@ -299,7 +326,8 @@ def run(
                     whole = len(lost) == len(part) > 1
                     break  # an actor that was just being restarted would outlive its pass and hold its CPUs for ever
             else:
-                return {**asdict(cluster), "pool": asdict(pool), "threads": threads}
+                machines = [{"count": 1, **describe_machine()}] if placement.address == "local" else _machines()
+                return {**asdict(cluster), "pool": asdict(pool), "threads": threads, "machines": machines}
 
 
 def _first_pass(
@@ -423,14 +451,18 @@ class _Meter:
     """What came back, as metrics that Ray's agent on the driver's node exports for Prometheus (needs ray[default])."""
 
     def __init__(self, output: str) -> None:
-        def about(kind: type[Counter | Histogram], name: str, words: str, tag: str, **settings: Any) -> Any:
+        def about(
+            kind: type[metrics.Counter | metrics.Histogram], name: str, words: str, tag: str, **settings: Any
+        ) -> Any:
             metric = kind(f"nafnet_{name}", words, tag_keys=("output", tag), **settings)
             metric.set_default_tags({"output": output})
             return metric
 
-        self._images = about(Counter, "images", "Images that have their row", "status")
-        self._megapixels = about(Counter, "megapixels", "Size of the images that have their row", "status")
-        self._seconds = about(Histogram, "seconds", "Time of one image in a stage", "stage", boundaries=_STAGE_SECONDS)
+        self._images = about(metrics.Counter, "images", "Images that have their row", "status")
+        self._megapixels = about(metrics.Counter, "megapixels", "Size of the images that have their row", "status")
+        self._seconds = about(
+            metrics.Histogram, "seconds", "Time of one image in a stage", "stage", boundaries=_STAGE_SECONDS
+        )
 
     def add(self, rows: pa.Table) -> None:
         """Count rows in `REPORT_SCHEMA`."""

@@ -52,6 +52,7 @@ from pipelines.datasets import IMAGES, DataName, Found
 from pipelines.driver import Order, is_passing
 from pipelines.lease import Lease
 from pipelines.listing import is_listing
+from pipelines.machine import describe_machine
 from pipelines.manifest import Plan
 from pipelines.parts import PartWriter, set_aside
 from pipelines.prepare import Prepared, settle_job
@@ -513,8 +514,7 @@ def _moved(job: RestoreJob, trial: Trial, places: Sequence[int], before: Sequenc
 def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], started: datetime) -> dict[str, Any]:
     """What run.json holds: enough to make the run again and to compare it with another.
 
-    `machine` is the driver's, with its processor and its GPUs: on a cluster the images may have been restored on
-    others, which the rows name (`worker`), and a driver without a GPU records none.
+    `machine` and `versions` are the driver's; `ray` holds the kinds of machine that its cluster has (`machines`).
     """
     rows = report.read_rows(Store(prepared.job.output), ("key", "fingerprint"), recipe=plan.recipe)
     inputs = rows.filter(pc.is_in(rows["key"], value_set=plan.keys))
@@ -527,7 +527,7 @@ def _describe_run(prepared: Prepared, plan: Plan, cluster: dict[str, Any], start
         "plan": {"matched": plan.matched, "attempted": plan.to_restore, "finished_before": plan.finished},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "inputs": {"images": len(inputs), "sha256": comparing.inputs_hash(inputs)},
-        "machine": comparing.describe_machine(),
+        "machine": describe_machine(),
         "precision": comparing.precision_flags(prepared.recipe, cluster.get("threads")),
         "ray": cluster,
         "driver_storage_retries": retry.total(),

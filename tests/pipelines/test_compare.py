@@ -33,7 +33,6 @@ from pipelines.compare import (
     compare,
     cost,
     decibels,
-    describe_machine,
     inputs_hash,
     load_run,
     markdown,
@@ -42,6 +41,7 @@ from pipelines.compare import (
     terminal,
 )
 from pipelines.compare_html import CROP, MAX_LISTED, MAX_SHOWN, differences, look_at, write_comparison
+from pipelines.machine import describe_machine
 from pipelines.records import REPORT_SCHEMA
 from pipelines.stages import digest
 from pipelines.storage import StorageError, Store
@@ -380,6 +380,23 @@ def test_three_runs_in_columns(make_run: MakeRun, tmp_path: Path) -> None:
     assert as_json(comparison)["against_first"][1]["letter"] == "C"
 
 
+def test_the_devices_are_the_clusters_where_it_told_them(make_run: MakeRun) -> None:
+    images = pictures("a.png")
+    machines = [
+        {"count": 2, "cpu": "Xeon", "gpus": ["NVIDIA H100"]},
+        {"count": 1, "cpu": "EPYC", "gpus": ["NVIDIA A10"]},
+        {"count": 3, "cpu": "Xeon"},
+    ]
+    gpu = {"pool": {"actors": 3, "gpus": 1}, "machines": machines}
+    places = [
+        make_run("gpu", images, ray=gpu),
+        make_run("cpu", images, ray={**RECORD["ray"], "machines": machines}),
+        make_run("unknown", images, ray={**gpu, "machines": []}),
+    ]
+    rows = dict(table(compare([load_run(place) for place in places])))
+    assert rows["device"] == ["NVIDIA A10 and NVIDIA H100", "EPYC and Xeon", "a GPU"]
+
+
 def test_cost_without_ray_and_deterministic(make_run: MakeRun) -> None:
     images = pictures("a.png", size=(500, 1000))
     recipe = RECORD["recipe"] | {"deterministic": True}
@@ -515,7 +532,7 @@ def test_inputs_hash_goes_by_key_and_fingerprint() -> None:
 def test_machine_names_its_processor_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     facts = describe_machine()
-    assert set(facts) == {"host", "system", "cpus", "cpu"}
+    assert set(facts) == {"host", "system", "cpus", "cpu", "python", "torch"}
     assert (facts["cpus"], bool(facts["cpu"])) == (os.cpu_count(), True)
     command = tmp_path / "nvidia-smi"
     command.write_text("#!/bin/sh\necho 'NVIDIA H200, 570.86.15'\necho 'NVIDIA H200, 570.86.15'\n")

@@ -25,6 +25,7 @@ from nafnet.restore import Restorer
 from pipelines import engine
 from pipelines.actor import RestoreActor
 from pipelines.engine import Cluster, Placement, Pool, this_machine
+from pipelines.machine import describe_machine
 from pipelines.manifest import plan
 from pipelines.settings import RestoreJob
 from pipelines.stages import Row, Work, fetch, finish
@@ -251,9 +252,11 @@ def test_a_pool_grows_with_the_cluster_and_outlives_a_node_that_leaves(
 
     try:
         where = Placement(cluster.address, actors=1, max_actors=3, gpus_per_actor=1)
-        engine.run(parts, work, where, on_rows)
+        told = engine.run(parts, work, where, on_rows)
     finally:
         cluster.shutdown()
+    (machine,) = told["machines"]  # all nodes are this one, and one has left
+    assert machine == {"count": 1, **{name: fact for name, fact in describe_machine().items() if name != "host"}}
     rows = pa.concat_tables(got)
     assert left, Counter(rows["worker"].to_pylist())  # the node that joined got work
     assert Counter(rows["key"].to_pylist()) == Counter(names)

@@ -22,6 +22,7 @@ from nafnet.images import Picture, decode, encode, read_note
 from nafnet.model import NetConfig
 from nafnet.restore import Restorer
 from pipelines import engine, flows, lease
+from pipelines.machine import describe_machine
 from pipelines.report import read_rows
 from pipelines.settings import RestoreJob
 from pipelines.stages import Work
@@ -83,6 +84,11 @@ def test_bad_images_among_good_ones_then_resume(
     run = json.loads((output / "run.json").read_text())
     assert run["recipe"]["hash"] == rows["seq/0.png"]["recipe"]
     assert run["plan"] == {"matched": 11, "attempted": 10, "finished_before": 0}
+    assert run["machine"] == describe_machine()
+    assert run["versions"]["torch"] == torch.__version__
+    assert set(run["precision"]) >= {"dtype", "tf32", "deterministic"}
+    assert (run["inputs"]["images"], len(run["inputs"]["sha256"])) == (11, 64)
+    assert run["weights"]["sha256"] == run["recipe"]["steps"][0]["weights"]
     page = (output / "report.html").read_text()
     assert "no reference.png" in page
     assert "5 restored" in page
