@@ -98,6 +98,7 @@ def _log(rows: pa.Table) -> None:
     shown = rows.select(["key", "status", "reason", "seconds", "worker"]).to_pylist()
     block = {
         "images": len(rows),
+        "keys": [shown[0]["key"], shown[-1]["key"]],  # the first and the last of them
         "counts": Counter(row["status"] for row in shown),
         "network_seconds": round(sum(row["seconds"] or 0 for row in shown), 3),
         "workers": sorted({row["worker"] for row in shown if row["worker"]}),
@@ -112,8 +113,9 @@ def _log(rows: pa.Table) -> None:
 def show_summary(summary: dict[str, Any], page: str, strips: Sequence[Strip]) -> None:
     """The summary as artifacts of the run."""
     create_markdown_artifact(report.summary_markdown(summary), key="summary", description="What the run came to")
-    counts = [{"status": status, "images": count} for status, count in summary["counts"].items()]
-    create_table_artifact(counts, key="counts", description="Images by status")
+    scores = {f"mean {name}": summary[name] for name in report.SCORES if summary[name] is not None}
+    table = [{"what": what, "value": round(value, 4)} for what, value in (summary["counts"] | scores).items()]
+    create_table_artifact(table, key="counts", description="Images by status, and mean scores")
     if strips:
         sheet = report_html.data_url(sheet_png(strips))
         create_image_artifact(sheet, key="sheet", description="Before, restored and reference")

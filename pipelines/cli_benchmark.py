@@ -1,5 +1,6 @@
 """`nafnet benchmark`: a published number, met or not."""
 
+from inspect import signature
 from typing import Annotated, Any, Literal
 
 import typer
@@ -110,9 +111,10 @@ def benchmark(
             }
             for (name, url, one, goal), place in zip(runs, places, strict=True)
         ]  # fmt: skip
+        usual = {name: one.default for name, one in signature(flows.benchmark.fn).parameters.items()}
         for parameters in jobs:
             try:
-                flows.prepare(flows.benchmark_job({"halo": 192, **parameters})[2])
+                flows.prepare(flows.benchmark_job({**usual, **parameters})[2])
             except ValidationError as error:
                 raise ValueError(words_of(error)) from error
         for parameters, place in zip(jobs, places, strict=True):

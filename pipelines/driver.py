@@ -60,8 +60,9 @@ class Outcome:
 
 def is_passing(error: Exception) -> bool:
     """Whether another attempt may not meet it: a cluster or a storage that failed, not a job that is wrong."""
-    failed = isinstance(error, (*engine.PASSING, GaveUp, StorageError))
-    return failed and not isinstance(error, (LeaseLost, LeaseHeld))
+    if isinstance(error, StorageError):  # no bucket or no permission stays so; what was tried again may pass
+        return isinstance(error.__cause__, GaveUp) and not isinstance(error, (LeaseLost, LeaseHeld))
+    return isinstance(error, (*engine.PASSING, GaveUp))
 
 
 def outcome_key(order_key: str) -> str:

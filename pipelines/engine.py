@@ -47,7 +47,15 @@ import ray
 from ray import cloudpickle
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RaySystemError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -59,7 +67,7 @@ from pipelines.stages import BLOCK_BYTES, Work, fetch, finish
 
 logger = logging.getLogger(__name__)
 
-PASSING = (ConnectionError, RaySystemError, RayActorError, NodeDiedError, OutOfMemoryError)
+PASSING = (ConnectionError, RaySystemError, RayActorError, NodeDiedError, OutOfMemoryError, GetTimeoutError)
 """What a job meets on a cluster that is gone or fails: another attempt may not meet it."""
 
 
@@ -83,7 +91,7 @@ _TOKEN = secrets.token_hex(32)
 _REACH_SECONDS = 10  # for a head to take a connection
 _MACHINES_SECONDS = 30  # for the nodes to say what they are
 _SETTLE_SECONDS = 3  # in which what a job has just given back counts as free
-_WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends instead of waiting for ever
+_WAIT_FOR_ACTORS_SECONDS = 600  # on a busy cluster; then the run ends (GetTimeoutError) instead of waiting for ever
 _STAGES = {"fetch_seconds": "fetch", "seconds": "network", "finish_seconds": "finish"}
 _STAGE_SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]  # bounds of the histogram
 _NO_PROGRESS_SECONDS = 6 * 3600  # without a finished block: one of 100 megapixels takes over Ray's 30 minutes at times
@@ -224,7 +232,7 @@ def _look() -> Cluster:
         node_cpus=max(int(node["Resources"].get("CPU", 1)) for node in nodes),
         gpus=float(there.get("GPU", 0)),
         free_gpus=float(free.get("GPU", 0)),
-        nodes=len(nodes),
+        nodes=max(1, sum(bool(node["Resources"].get("CPU")) for node in nodes)),  # that take work
         version=ray.__version__,
     )
 

@@ -368,8 +368,11 @@ def benchmark(
     tile: Tile = "whole",
     halo: int = 192,
     actors: int | None = None,
+    max_actors: int | None = None,
     gpus_per_actor: float = 0,
     ray_address: str = "local",
+    ray_wheel: str | None = None,
+    time_limit: float | None = None,
     storage: StorageName | None = None,
 ) -> State[Any]:
     """Restore a published test set, score it as its authors do, and compare the means with the published ones.
@@ -449,7 +452,7 @@ def _test_set(given: dict[str, Any]) -> Found:
 
 _BENCHMARK_FIELDS = (
     *("tlc", "train_size", "metrics", "precision", "tile", "halo"),
-    *("actors", "gpus_per_actor", "ray_address", "storage"),
+    *("actors", "max_actors", "gpus_per_actor", "ray_address", "ray_wheel", "time_limit", "storage"),
 )
 
 

@@ -32,10 +32,10 @@ _APPROXIMATE = "tiles are approximate: without TLC a tile's means are not the im
 MAX_NOTES = 5  # of the rows' different notes, the most frequent first
 MAX_SEQUENCES = 200  # more would be folders that hold a few images each: another way of listing all images
 _READERS = 8  # parts that are fetched at once: they are small, and a bucket takes its time for each
-_SCORES = ("psnr_input", "psnr", "ssim_3d_input", "ssim_3d", "ssim_2d_input", "ssim_2d")
+SCORES = ("psnr_input", "psnr", "ssim_3d_input", "ssim_3d", "ssim_2d_input", "ssim_2d")
 # What the summary and the page are made of: a third of a row, the rest of which is URLs and how it was made.
 SHOWN = (
-    *("key", "status", "reason", "width", "height", "protocol", *_SCORES),
+    *("key", "status", "reason", "width", "height", "protocol", *SCORES),
     *("seconds", "tiles", "tile", "precision", "note", "retries"),
 )
 _SEQUENCES = tuple(
@@ -176,7 +176,7 @@ def by_sequence(rows: pa.Table) -> list[dict[str, Any]]:
         return []
     codes = pc.fill_null(names.indices, -1).to_numpy()
     restored = rows["status"].to_numpy(zero_copy_only=False) == Status.RESTORED.value
-    values = {name: column(rows, name) for name in _SCORES}
+    values = {name: column(rows, name) for name in SCORES}
     values |= {"gain": gains(rows), "network_seconds_mean": column(rows, "seconds")}
     means = []
     for name, code in found:
@@ -212,7 +212,7 @@ def summarize(
         wall_images: how many of the rows were made in that time (fewer than all of them after a resume).
     """
     done = restored_only(rows)
-    values = {name: column(done, name) for name in _SCORES}
+    values = {name: column(done, name) for name in SCORES}
     gain, pixels, seconds = gains(done), megapixels(done), column(done, "seconds")
     timed = np.isfinite(seconds) & np.isfinite(pixels)
     network = float(seconds[timed].sum())

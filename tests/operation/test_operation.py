@@ -41,6 +41,7 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
         patch.setattr(consoles, "_PORTS", {name: free_port() for name in consoles._PORTS})
         try:
             console = consoles.up(home)
+            assert ("postgres" in console.pids) == any(Path("/usr/lib/postgresql").glob("*/bin"))  # else SQLite
             second = ("--address", console.environment["RAY_ADDRESS"], "--node-ip-address", "127.0.0.1")
             second += ("--num-cpus", "2", "--dashboard-agent-listen-port", "0")
             console.start("ray-2", BIN / "ray", "start", "--block", "--disable-usage-stats", *second)
@@ -173,7 +174,10 @@ def test_a_deployment_runs_and_shows_what_it_did(console: Console, client: SyncP
     run, made = whole
     assert [row["status"] for row in made] == ["restored"] * 8
     found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])))
-    assert {"progress", "summary", "counts", "sheet", "report", "history-gopro"} <= {one.key for one in found}
+    by_key = {one.key: str(one.data) for one in found}
+    assert {"progress", "summary", "counts", "sheet", "report", "history-gopro"} <= set(by_key)
+    assert {"restored", "mean psnr_input", "mean psnr"} <= {row["what"] for row in json.loads(by_key["counts"])}
+    assert [row["images"] for row in json.loads(by_key["history-gopro"])] == [8]
     lines = logs(client, run.id)
     assert any(line.startswith("8 images match") for line in lines)
     assert any(line.startswith("block {") for line in lines)
@@ -302,7 +306,7 @@ def processes_of(run: UUID) -> list[int]:
 
 def test_the_commands_of_the_page_work(console: Console, whole: Whole) -> None:
     there = commands(ROOT / "infra" / "README.md", "console")
-    assert len(there) == 2
+    assert len(there) == 4
     for command in there:
         execute(console, *command)
 
@@ -330,7 +334,9 @@ def events(console: Console) -> set[str]:
         return {event["event"] for event in json.loads(answer.read())["events"]}
 
 
-def test_a_worker_that_is_terminated_leaves_nothing_running(console: Console, client: SyncPrefectClient) -> None:
+def test_a_worker_that_is_terminated_leaves_nothing_running_and_its_run_goes_on(
+    console: Console, client: SyncPrefectClient, whole: Whole
+) -> None:
     ending = {"checkpoint": "demo", "output": "s3://nafnet/restored/ending"}
     run = start(client, "restore/gopro", **ending)
     begun(console, "ending")
@@ -339,6 +345,9 @@ def test_a_worker_that_is_terminated_leaves_nothing_running(console: Console, cl
     until(lambda: not console.running("worker"), IDLE_SECONDS)
     assert not processes_of(run)
     assert len(rows(console, "ending")) < 8
+    consoles.worker(console)
+    complete(client, start(client, "restore/gopro", **ending))
+    assert rows(console, "ending") == whole[1]
 
 
 def test_what_stops_is_gone(console: Console) -> None:

@@ -285,6 +285,9 @@ def test_a_run_shows_its_summary_as_artifacts(tmp_path: Path, rng: np.random.Gen
     by_key = {artifact.key: artifact for artifact in artifacts}
     assert {"summary", "counts", "sheet", "progress", "report"} <= set(by_key)
     assert by_key["progress"].data == 100.0
+    counts = {row["what"]: row["value"] for row in json.loads(str(by_key["counts"].data))}
+    assert counts["restored"] == 1
+    assert not [what for what in counts if what.startswith("mean")]  # there is no reference
 
 
 @pytest.mark.usefixtures("without_ray")
