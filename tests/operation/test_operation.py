@@ -345,6 +345,7 @@ def test_a_worker_that_is_terminated_leaves_nothing_running_and_its_run_goes_on(
     until(lambda: not console.running("worker"), IDLE_SECONDS)
     assert not processes_of(run)
     assert len(rows(console, "ending")) < 8
+    client.set_flow_run_state(run, Crashed(message="its worker is gone"), force=True)  # or wait five minutes
     consoles.worker(console)
     complete(client, start(client, "restore/gopro", **ending))
     assert rows(console, "ending") == whole[1]
