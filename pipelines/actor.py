@@ -21,7 +21,7 @@ from nafnet.restore import Pixels, Restored, Restorer, to_float
 from pipelines.records import Status
 from pipelines.stages import PIXEL_SCHEMA, Row, Work, crashed, ended, pixels_of, rows_of, written_dtype
 from pipelines.storage import use
-from pipelines.weights import locate
+from pipelines.weights import adopt_prefix, locate
 
 _ON_GPU = 2  # one image is copied while another is restored
 
@@ -83,6 +83,7 @@ class RestoreActor:
     def __init__(self, work: Work) -> None:
         """Load and check the weights. Raises CheckpointError or ValueError when they are not the recipe's."""
         use(work.storage)
+        adopt_prefix(work.weights_from)
         torch.set_num_threads(work.threads)
         if work.recipe.deterministic:  # cuBLAS reads it when it starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -2,10 +2,12 @@
 
 import hashlib
 import posixpath
-from collections import Counter, defaultdict
+import re
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 from nafnet.conventions import PROTOCOLS
 from nafnet.images import RefusedImage, UnreadableImage, decode
@@ -16,6 +18,8 @@ from pipelines.storage import Entry, StorageError, Store
 _OPENED = 12  # images that are read to learn their size in pixels
 _NAMED = 5  # of a kind of finding
 _READERS = 8
+_HASHED_BYTES = 2_000_000_000  # read in search of copies: seconds from a disk
+_MD5 = re.compile(r"[0-9a-f]{32}")  # as S3's etag of an object that came in one piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,18 @@ def check(data: DataName, url: str, *, variant: str | None = None) -> Findings:
     else:
         references = everything if found.reference == found.source else list(open_collection(found.reference).list())
         problems += _unpaired(entries, references, found)
-    if doubles := _duplicates(source, entries):
-        problems.append(f"{len(doubles)} images are copies of others: {_named(doubles)}")
+        problems += _of_other_sizes(source, entries, open_collection(found.reference), references, found)
+    doubles, skipped = _duplicates(source, entries)
+    if doubles:
+        # Blocks of 256 px may well be alike, all black or all white.
+        (remarks if data == "sidd" else problems).append(
+            f"{len(doubles)} images are copies of others: {_named(doubles)}"
+        )
+    if skipped:
+        remarks.append(
+            f"copies were looked for in the first {_HASHED_BYTES / 1e9:g} GB of images of equal size: "
+            f"{skipped} more were not read"
+        )
     if found.pair == "blur_gamma=sharp":
         problems.append("these are the images of blur_gamma: the published numbers are of blur")
     elif other_blur(found) is not None:
@@ -105,6 +119,23 @@ def _unpaired(entries: list[Entry], references: list[Entry], found: Found) -> li
     return problems
 
 
+def _of_other_sizes(
+    source: Collection, entries: list[Entry], theirs: Collection, references: list[Entry], found: Found
+) -> list[str]:
+    """Of the images that are opened, those whose reference has another size in pixels."""
+    few = _spread(entries)
+    others = []
+    for entry, partner in zip(few, partners(few, references, found.pair), strict=True):
+        try:
+            if partner is not None and _size(source, entry) != _size(theirs, partner):
+                others.append(entry.key)
+        except _CANNOT_READ:  # which is said of the image, and found out of the reference when it is scored
+            continue
+    return (
+        [f"{len(others)} images that were opened have a reference of another size: {_named(others)}"] if others else []
+    )
+
+
 def _is_reference(key: str, found: Found) -> bool:
     """Whether a file beside the references is one that an image of the selection should have."""
     if found.pair is not None:
@@ -115,26 +146,40 @@ def _is_reference(key: str, found: Found) -> bool:
     return any(matches(stem + posixpath.splitext(glob)[1], (glob,)) for glob in found.include)
 
 
-def _duplicates(source: Collection, entries: list[Entry]) -> list[str]:
-    """Keys whose content another one before them has: by checksum in a bucket, else those of one size are read."""
-    groups: dict[object, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        groups[entry.size].append(entry)
-    alike = [entry for group in groups.values() if len(group) > 1 for entry in group if entry.size]
-    if not isinstance(source, Store):
-        return []  # items of one container have no checksums of their own, and blocks are all of one size
-    if not source.is_local and len({entry.fingerprint for entry in entries}) > 1:
-        marks = [entry.fingerprint for entry in alike]
-    else:
-        with ThreadPoolExecutor(_READERS) as readers:
-            marks = list(readers.map(lambda entry: hashlib.sha256(source.read(entry.key)).hexdigest(), alike))
+def _duplicates(source: Collection, entries: list[Entry]) -> tuple[list[str], int]:
+    """Keys whose content another one before them has, and how many were not read to learn it.
+
+    Only images of equal size can be copies. Where the store has no MD5 of them they are read, items of a container
+    too; of blocks, the PNG files that they are read as are compared.
+    """
+    sizes = Counter(entry.size for entry in entries)
+    alike = [entry for entry in entries if entry.size and sizes[entry.size] > 1]
+    # an LMDB's or a tar's own etag is none of its items'
+    known = {entry.key for entry in alike if isinstance(source, Store) and _MD5.fullmatch(entry.fingerprint)}
+    planned = accumulate(0 if entry.key in known else entry.size for entry in alike)
+    hashed = [
+        entry for entry, total in zip(alike, planned, strict=True) if entry.key in known or total <= _HASHED_BYTES
+    ]
+
+    def mark(entry: Entry) -> str | None:
+        if entry.key in known:
+            return entry.fingerprint
+        try:
+            return hashlib.md5(source.read(entry.key), usedforsecurity=False).hexdigest()
+        except _CANNOT_READ:  # which is said of the images that are opened
+            return None
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        marks = list(readers.map(mark, hashed))
     seen: set[str] = set()
     doubles = []
-    for entry, mark in zip(alike, marks, strict=True):
-        if mark in seen:
+    for entry, found in zip(hashed, marks, strict=True):
+        if found is None:
+            continue
+        if found in seen:
             doubles.append(entry.key)
-        seen.add(mark)
-    return doubles
+        seen.add(found)
+    return doubles, len(alike) - len(hashed)
 
 
 def _train(found: Found) -> list[str]:
@@ -145,16 +190,27 @@ def _train(found: Found) -> list[str]:
 
 def _sizes(source: Collection, entries: list[Entry]) -> tuple[Counter[str], list[str]]:
     """Sizes in px of a few images spread over the set, and the keys of those that cannot be read."""
-    chosen = entries[:: max(1, -(-len(entries) // _OPENED))]
     sizes, unreadable = Counter[str](), []
-    for entry in chosen:
+    for entry in _spread(entries):
         try:
-            picture = decode(source.read(entry.key))
-        except (UnreadableImage, RefusedImage, FileNotFoundError, StorageError):
+            sizes[_size(source, entry)] += 1
+        except _CANNOT_READ:
             unreadable.append(entry.key)
-            continue
-        sizes[f"{picture.width}x{picture.height}"] += 1
     return sizes, unreadable
+
+
+_CANNOT_READ = (UnreadableImage, RefusedImage, FileNotFoundError, StorageError)
+
+
+def _spread(entries: list[Entry]) -> list[Entry]:
+    """The few that are opened."""
+    return entries[:: max(1, -(-len(entries) // _OPENED))]
+
+
+def _size(collection: Collection, entry: Entry) -> str:
+    """In px, such as 1280x720."""
+    picture = decode(collection.read(entry.key))
+    return f"{picture.width}x{picture.height}"
 
 
 def _named(keys: Iterable[str]) -> str:

@@ -112,10 +112,17 @@ def find(data: DataName, url: str, *, variant: str | None = None) -> Found:
         raise ValueError(f"{data} has no variant {variant!r}" + (f": there is {', '.join(known)}" if known else ""))
     for below in _BELOW:
         for layout in choices:
-            if all(_there(store, posixpath.join(below, mark)) for mark in layout.marks):
+            if _lies(layout, store, below):
                 names = (layout.source, layout.reference)
                 source, reference = (None if name is None else _url(store, below, name) for name in names)
                 return Found(data, layout.words, source or "", reference, layout.include, layout.pair)
+    for layout in _LAYOUTS[data]:
+        if layout not in choices and any(_lies(layout, store, below) for below in _BELOW):
+            how = f"ask for it with --variant {layout.variant}" if layout.variant else "leave out --variant"
+            raise StorageError(
+                f"{store.url()} holds {data} as {layout.words} ({', '.join(layout.marks)}) alone, which is not what "
+                f"{'the published numbers are of' if layout.variant else 'was asked for'}: {how}"
+            )
     looked = "; ".join(f"{layout.words} ({', '.join(layout.marks)})" for layout in choices)
     there = sorted(posixpath.basename(str(path).rstrip("/")) for path in store.fs.ls(store.root, detail=False))
     listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
@@ -140,11 +147,12 @@ def other_blur(found: Found) -> dict[str, Any] | None:
 
 
 def _is(data: DataName, store: Store) -> bool:
-    return any(
-        all(_there(store, posixpath.join(below, mark)) for mark in layout.marks)
-        for below in _BELOW
-        for layout in _LAYOUTS[data]
-    )
+    return any(_lies(layout, store, below) for below in _BELOW for layout in _LAYOUTS[data])
+
+
+def _lies(layout: _Layout, store: Store, below: str) -> bool:
+    """Whether all of a layout's marks are in this folder of the store."""
+    return all(_there(store, posixpath.join(below, mark)) for mark in layout.marks)
 
 
 def _there(store: Store, pattern: str) -> bool:

@@ -22,6 +22,7 @@ from pipelines.retry import GaveUp
 from pipelines.settings import RestoreJob
 from pipelines.storage import StorageError, Store, use
 from pipelines.storage_options import load
+from pipelines.weights import adopt_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Order:
         source, reference: the collections that the pairs' keys and references lie in.
         place, parts: where the manifest's parts are.
         lease: id of the output's lease, which the job goes by.
+        weights_from: as in `Work`.
     """
 
     job: dict[str, Any]
@@ -47,6 +49,7 @@ class Order:
     place: str
     parts: tuple[str, ...]
     lease: str
+    weights_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ def _run(output: Store, order: Order) -> dict[str, Any]:
             f"the cluster has nafnet-pipelines {nafnet.__version__}, the job was planned by {order.version}: "
             "install the same there, or give the wheel with the job (ray_wheel)"
         )
+    adopt_prefix(order.weights_from)
     prepared = settle_job(RestoreJob(**{**order.job, "ray_address": "auto", "ray_wheel": None}))
     if prepared.recipe.hash != order.recipe:
         raise ValueError(

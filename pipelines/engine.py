@@ -237,25 +237,31 @@ def _look() -> Cluster:
     )
 
 
-def _machines() -> list[dict[str, Any]]:
-    """The kinds of machine that the connected cluster has, each with its count, the most frequent first.
+def _machines() -> Iterator[dict[str, Any]]:
+    """What each node of the connected cluster that takes work says of its machine.
 
-    A node that leaves meanwhile, or has not answered in time, is left out.
+    One that leaves meanwhile, or has not answered in time, is left out.
     """
     ask = ray.remote(num_cpus=0, max_retries=0)(describe_machine)
     asked = [
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
         for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"]
+        if node["Alive"] and node["Resources"].get("CPU")
     ]
     came, _ = ray.wait(asked, num_returns=len(asked), timeout=_MACHINES_SECONDS)
-    kinds = Counter[str]()
     for answer in came:
         try:
             facts = ray.get(answer)
         except RayError:
             continue
-        kinds[json.dumps({name: fact for name, fact in facts.items() if name != "host"})] += 1
+        yield facts
+
+
+def _kinds(machines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The kinds there are among them, whatever their names, each with its count, the most frequent first."""
+    kinds = Counter(
+        json.dumps({name: fact for name, fact in machine.items() if name != "host"}) for machine in machines
+    )
     return [{"count": count, **json.loads(kind)} for kind, count in kinds.most_common()]
 
 
@@ -334,7 +340,7 @@ def run(
                     whole = len(lost) == len(part) > 1
                     break  # an actor that was just being restarted would outlive its pass and hold its CPUs for ever
             else:
-                machines = [{"count": 1, **describe_machine()}] if placement.address == "local" else _machines()
+                machines = _kinds([describe_machine()] if placement.address == "local" else _machines())
                 return {**asdict(cluster), "pool": asdict(pool), "threads": threads, "machines": machines}
 
 

@@ -62,6 +62,7 @@ from pipelines.remote import Owner
 from pipelines.settings import RestoreJob, StorageName
 from pipelines.storage import Store, use
 from pipelines.storage_options import StorageOptions, load
+from pipelines.weights import own_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -291,6 +292,7 @@ def _follow(
         place=plan.place.url(),
         parts=plan.parts,
         lease=held.id,
+        weights_from=own_prefix(),
     )
     owner = Owner(flow_run=str(flow_run.root_flow_run_id), api=get_current_settings().api.url or "")
     return remote.run(

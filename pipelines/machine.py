@@ -11,8 +11,11 @@ import torch
 
 
 def describe_machine() -> dict[str, Any]:
-    """This one: host, system, processor, Python and torch, and its NVIDIA GPUs with their driver and torch's CUDA."""
+    """This one: host, system, processor, memory, Python, torch, and its NVIDIA GPUs with driver and torch's CUDA."""
     facts = {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count(), "cpu": _cpu()}
+    facts["memory_gib"] = round(
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    )  # same from boot to boot
     facts |= {"python": platform.python_version(), "torch": torch.__version__}
     gpus = _gpus()
     if not gpus:

@@ -5,6 +5,7 @@ front to back, a few columns of all blocks at a time, and written in the other o
 The format is that of MathWorks' "MAT-File Format", chapter 1.
 """
 
+import mmap
 import struct
 import zlib
 from pathlib import Path
@@ -64,12 +65,26 @@ def expand(file: IO[bytes], target: Path, name: str) -> None:
         for channel in range(channels):
             for left in range(0, width, step):
                 count = min(step, width - left)
-                slab = np.frombuffer(stream.take(column * count), np.uint8)
-                out[:, :, :, left : left + count, channel] = slab.reshape((images, blocks, height, count), order="F")
+                _write_slab(out, stream.take(column * count), left, channel)
     except (struct.error, zlib.error, ValueError) as error:
         target.unlink()
         raise StorageError(f"{name} is cut short or damaged: fetch it again") from error
     out.flush()
+
+
+def _write_slab(out: "np.memmap[Any, np.dtype[np.uint8]]", data: bytes, left: int, channel: int) -> None:
+    """Write columns of all blocks, from column `left` on, a few images at a time.
+
+    A slab touches every page of the file, so pages are let go of within it: the file keeps what was written to them.
+    """
+    images, blocks, height, width, channels = out.shape
+    slab = np.frombuffer(data, np.uint8).reshape((images, blocks, height, -1), order="F")
+    mapped: mmap.mmap = out._mmap  # type: ignore[attr-defined]
+    step = max(1, _SLAB_BYTES // (blocks * height * width * channels))
+    for first in range(0, images, step):
+        some = slice(first, first + step)
+        out[some, :, :, left : left + slab.shape[3], channel] = slab[some]
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class _Stream:
@@ -91,7 +106,7 @@ class _Stream:
                 packed = self._inflate.unconsumed_tail or self._file.read(_READ_BYTES)
                 if not packed:
                     break
-                piece = self._inflate.decompress(packed, missing)
+                piece = self._inflate.decompress(packed, min(missing, _READ_BYTES))  # zlib holds it twice
                 pieces.append(piece)
                 missing -= len(piece)
             data = b"".join(pieces)

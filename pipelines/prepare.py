@@ -12,7 +12,7 @@ from pipelines.engine import Placement
 from pipelines.settings import RestoreJob
 from pipelines.stages import Work
 from pipelines.storage import in_force
-from pipelines.weights import locate
+from pipelines.weights import locate, own_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Prepared:
             device="cuda" if job.gpus_per_actor else "cpu",
             max_pixels=int(job.max_megapixels * 1e6),
             storage=in_force(),
+            weights_from=own_prefix(),
         )
 
     @property

@@ -75,6 +75,7 @@ class Work:
         threads: threads of the network in one actor.
         memory_share: what an actor may use of its machine's memory, or of its GPU's.
         storage: what file systems are opened with.
+        weights_from: where checkpoints that go by name lie, for machines that know no place of their own.
         contained: unexpected errors of one row become its status `crashed` instead of ending the block. Used to
             find out which row of a failed block was the bad one.
     """
@@ -90,6 +91,7 @@ class Work:
     threads: int = 1
     memory_share: float = 1.0
     storage: StorageOptions = field(default_factory=StorageOptions)
+    weights_from: str | None = None
     contained: bool = False
 
     @property

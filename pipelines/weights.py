@@ -126,6 +126,28 @@ def _fetch(entry: CatalogEntry, target: Path) -> None:
     )
 
 
+def own_prefix() -> str | None:
+    """Where NAFNET_WEIGHTS says that checkpoints lie, as another machine can be told: a whole path or a URL.
+
+    None also for a URL that may hold a secret: `locate` refuses it, and a job that needs no such place goes on.
+    """
+    own = os.environ.get("NAFNET_WEIGHTS", "")
+    try:
+        _refuse_secrets(own, "NAFNET_WEIGHTS")
+    except CheckpointError as error:
+        logger.warning("other machines are not told of NAFNET_WEIGHTS: %s", error)
+        return None
+    if own and "://" not in own:
+        return str(Path(own).expanduser().absolute())
+    return own or None
+
+
+def adopt_prefix(prefix: str | None) -> None:
+    """Look below the `own_prefix` of the process that planned the work, where this process has none of its own."""
+    if prefix is not None and not os.environ.get("NAFNET_WEIGHTS"):
+        os.environ["NAFNET_WEIGHTS"] = prefix
+
+
 def _places() -> tuple[str, ...]:
     own = os.environ.get("NAFNET_WEIGHTS", "")
     _refuse_secrets(own, "NAFNET_WEIGHTS")

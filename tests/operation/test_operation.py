@@ -4,9 +4,11 @@ out, submitted elsewhere; each time the cluster is looked at, and the same run a
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -31,12 +33,11 @@ IDLE_SECONDS = 30  # after a run was stopped, within which its cluster must be f
 
 
 @pytest.fixture(scope="module")
-def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
+def console() -> Iterator[Console]:
     """Everything that `make up` starts, and a second Ray node."""
-    home = tmp_path_factory.mktemp("console")
-    for folder in (home, *home.parents):
-        if folder.name.startswith(("console", "pytest-", "popen-")):
-            folder.chmod(0o755)  # PostgreSQL runs as another user
+    # PostgreSQL runs as another user, and each start of pytest shuts others out of its own temporary folders.
+    home = Path(tempfile.mkdtemp(prefix="console-"))
+    home.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(consoles, "_PORTS", {name: free_port() for name in consoles._PORTS})
         try:
@@ -49,6 +50,7 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
             yield console
         finally:
             consoles.down(home)
+            shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture

@@ -532,7 +532,8 @@ def test_inputs_hash_goes_by_key_and_fingerprint() -> None:
 def test_machine_names_its_processor_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     facts = describe_machine()
-    assert set(facts) == {"host", "system", "cpus", "cpu", "python", "torch"}
+    assert set(facts) == {"host", "system", "cpus", "cpu", "memory_gib", "python", "torch"}
+    assert 0 < facts["memory_gib"] < 100_000
     assert (facts["cpus"], bool(facts["cpu"])) == (os.cpu_count(), True)
     command = tmp_path / "nvidia-smi"
     command.write_text("#!/bin/sh\necho 'NVIDIA H200, 570.86.15'\necho 'NVIDIA H200, 570.86.15'\n")

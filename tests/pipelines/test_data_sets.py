@@ -3,7 +3,11 @@
 import base64
 import csv
 import hashlib
+import shutil
+import subprocess
+import sys
 import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import lmdb
@@ -12,9 +16,9 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from nafnet.images import decode
+from nafnet.images import Picture, decode, encode
 from nafnet.metrics import psnr
-from pipelines import check, datasets, made, pack, submission
+from pipelines import check, containers, datasets, made, pack, submission
 from pipelines.containers import open_collection
 from pipelines.datasets import DataName
 from pipelines.made import LAYOUTS, make
@@ -156,6 +160,129 @@ def test_a_check_names_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert any("images of blur_gamma" in problem for problem in gamma.problems)
     text = "\n".join(check.lines(findings))
     assert "verdict    not what was published" in text
+
+
+def test_a_tree_of_the_other_blur_alone_is_named(tmp_path: Path) -> None:
+    root = make("gopro", tmp_path / "set", images=2, size=SIZE)
+    for folder in root.rglob("blur"):
+        shutil.rmtree(folder)
+    with pytest.raises(
+        StorageError, match=r"tree of sequences, blur_gamma .* alone, .*ask for it with --variant gamma"
+    ):
+        check.check("gopro", str(root))
+
+
+def test_a_reference_of_another_size_is_named(tmp_path: Path) -> None:
+    root = make("gopro", tmp_path / "set", images=2, layout="flat", size=SIZE)
+    first = min((root / "test" / "target").iterdir())
+    first.write_bytes(encode(Picture(np.zeros((8, 8, 3), np.uint8), "PNG")))
+    problems = check.check("gopro", str(root)).problems
+    assert f"1 images that were opened have a reference of another size: {first.name}" in problems
+
+
+@pytest.mark.parametrize("layout", ["tree", "flat", "lmdb", "tar"])
+def test_copies_are_found_in_containers_too(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("gopro", tmp_path / "set", images=4, layout=layout, size=SIZE)
+    found = datasets.find("gopro", str(tmp_path / "set"))
+    before, after = [e.key for e in open_collection(found.source).list() if datasets.matches(e.key, found.include)][:2]
+    assert not any("copies" in problem for problem in check.check("gopro", str(tmp_path / "set")).problems)
+    containers._open.cache_clear()  # an LMDB is opened once in a process
+    double(Path(found.source), before, after)
+    containers._open.cache_clear()
+    assert f"1 images are copies of others: {after}" in check.check("gopro", str(tmp_path / "set")).problems
+    monkeypatch.setattr(check, "_HASHED_BYTES", 0)
+    findings = check.check("gopro", str(tmp_path / "set"))
+    assert not any("copies" in problem for problem in findings.problems)
+    assert any(remark.endswith("2 more were not read") for remark in findings.remarks)
+
+
+def double(source: Path, before: str, after: str) -> None:
+    """Give the second key of a folder, an LMDB or shards the content of the first."""
+    if source.suffix == ".lmdb":
+        with lmdb.open(str(source), map_size=2**24) as environment, environment.begin(write=True) as write:
+            write.put(Path(after).stem.encode(), write.get(Path(before).stem.encode()))
+    elif source.suffix == ".tar":
+        shard = source.parent / after.partition("/")[0]
+        data = open_collection(str(source)).read(before)
+        with tarfile.open(shard, "a") as archive:  # of members of one name the last counts
+            member = tarfile.TarInfo(after.partition("/")[2])
+            member.size = len(data)
+            archive.addfile(member, BytesIO(data))
+    else:
+        (source / after).write_bytes((source / before).read_bytes())
+
+
+def test_copied_blocks_are_found(tmp_path: Path) -> None:
+    make("sidd", tmp_path / "set", images=1)
+    assert not any("copies" in remark for remark in check.check("sidd", str(tmp_path / "set")).remarks)
+    name = "ValidationNoisyBlocksSrgb"
+    array = scipy.io.loadmat(tmp_path / "set" / f"{name}.mat")[name]
+    array[0, 9] = array[0, 4]
+    scipy.io.savemat(tmp_path / "set" / f"{name}.mat", {name: array})
+    containers._open.cache_clear()
+    assert "1 images are copies of others: 0000_09.png" in check.check("sidd", str(tmp_path / "set")).remarks
+
+
+def test_times_are_not_taken_for_content(tmp_path: Path) -> None:
+    """A store that has no MD5 tells size and time: copies have another time, and files of one time differ."""
+    make("gopro", tmp_path / "set", images=4, layout="flat", size=SIZE)
+    root = f"memory://{tmp_path.name}"
+    for path in sorted((tmp_path / "set" / "test").rglob("*.png")):
+        Store(root).write(str(path.relative_to(tmp_path / "set" / "test")), path.read_bytes())
+    first, second, *rest = [entry.key for entry in Store(f"{root}/input").list()]
+    inputs = Store(f"{root}/input")
+    data = inputs.read(first)
+    inputs.write(second, data)
+    for key in rest:
+        inputs.write(key, data[:-1] + key.encode()[-5:-4])
+    moment = inputs.info(first)["created"]
+    for key in rest:
+        inputs.fs.store[inputs._path(key)].created = moment
+    assert f"1 images are copies of others: {second}" in check.check("gopro", root).problems
+
+
+def test_a_buckets_checksums_spare_reading(tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("gopro", tmp_path / "set", images=4, layout="flat", size=SIZE)
+    for path in (tmp_path / "set" / "test").rglob("*.png"):
+        Store(f"{s3_url}/copies").write(str(path.relative_to(tmp_path / "set" / "test")), path.read_bytes())
+    inputs = Store(f"{s3_url}/copies/input")
+    first, second, *_ = [entry.key for entry in inputs.list()]
+    inputs.write(second, inputs.read(first))
+    monkeypatch.setattr(check, "_HASHED_BYTES", 0)
+    assert f"1 images are copies of others: {second}" in check.check("gopro", f"{s3_url}/copies").problems
+
+
+def test_the_checksum_of_a_container_is_none_of_its_items(tmp_path: Path, s3_url: str) -> None:
+    for name in ("input.lmdb", "target.lmdb"):
+        with lmdb.open(str(tmp_path / name), map_size=2**20) as environment, environment.begin(write=True) as write:
+            for i in range(3):
+                write.put(b"%d" % i, b"of one size: %d" % i)
+        Store(f"{s3_url}/lmdb").write(f"{name}/data.mdb", (tmp_path / name / "data.mdb").read_bytes())
+    findings = check.check("gopro", f"{s3_url}/lmdb")
+    assert findings.images == 3
+    assert not any("copies" in problem for problem in findings.problems)
+
+
+_EXPAND = """
+import sys
+from pathlib import Path
+from pipelines.matlab import expand
+from tests.peak import peak_bytes
+before = peak_bytes()
+with open(sys.argv[1], "rb") as file:
+    expand(file, Path(sys.argv[2]), "blocks")
+print(peak_bytes() - before)
+"""
+
+
+def test_blocks_are_never_all_in_memory(tmp_path: Path) -> None:
+    blocks = np.zeros((24, 32, 256, 256, 3), np.uint8)
+    blocks[-1, -1] = 7
+    scipy.io.savemat(tmp_path / "blocks.mat", {"blocks": blocks}, do_compression=True)
+    command = [sys.executable, "-c", _EXPAND, str(tmp_path / "blocks.mat"), str(tmp_path / "blocks.npy")]
+    taken = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(taken) < blocks.nbytes / 2
+    np.testing.assert_array_equal(np.load(tmp_path / "blocks.npy", mmap_mode="r")[-1, -1], blocks[-1, -1])
 
 
 def test_extra_references_are_those_that_an_image_should_have(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageCms
 
 import nafnet
+from nafnet import catalog
+from nafnet.checkpoint import CheckpointError
 from nafnet.conventions import Convention
 from nafnet.images import Picture, decode, encode, read_note
 from nafnet.metrics import psnr, quantize, score, ssim_3d
@@ -164,6 +166,27 @@ def test_an_unexpected_error_is_raised_unless_the_work_is_contained(places: Path
     rows = walk(replace(work, contained=True), pairs)
     assert {row["status"] for row in rows} == {"crashed"}
     assert "an unexpected error while writing it" in str(rows[0]["reason"])
+
+
+def test_an_actor_looks_for_weights_where_the_plan_had_them(
+    places: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node that knows no place of its own."""
+    work, _ = work_and_pairs(places, checkpoint_file)
+    file, [step] = checkpoint_file, work.recipe.steps
+    entry = catalog.CatalogEntry(
+        "Ours", file.name, GOPRO_LIKE, True, "gopro", step.weights, file.stat().st_size, 30.0, 0.9, 256
+    )
+    monkeypatch.setattr(catalog, "CATALOG", {"Ours": entry})
+    monkeypatch.setattr(catalog, "MIRRORS", ())
+    monkeypatch.setenv("NAFNET_CACHE", str(places / "cache"))
+    monkeypatch.setenv("NAFNET_WEIGHTS", "set, so that it is put back afterwards")
+    monkeypatch.delenv("NAFNET_WEIGHTS")
+    named = replace(work, weights=("Ours",))
+    with pytest.raises(CheckpointError, match="could not be fetched"):
+        RestoreActor(named)
+    RestoreActor(replace(named, weights_from=str(file.parent)))
+    assert (places / "cache" / file.name).exists()
 
 
 def test_an_actor_refuses_weights_that_are_not_the_plans(places: Path, checkpoint_file: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from nafnet import catalog
 from nafnet.checkpoint import CheckpointError
 from pipelines import retry, weights
 from pipelines.storage import Store
-from pipelines.weights import locate
+from pipelines.weights import adopt_prefix, locate, own_prefix
 
 NAME, FILE = "NAFNet-SIDD-width32", "NAFNet-SIDD-width32.pth"
 BASELINE = "Baseline-GoPro-width32"
@@ -267,6 +268,39 @@ def test_without_any_place_the_error_says_what_was_tried_and_what_to_do(
             "  - give its path as --checkpoint",
         ]
     assert {path.suffix for path in cache.iterdir()} == {".lock"}
+
+
+# Places of whoever planned the work
+
+
+def test_what_is_passed_on_means_the_same_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert own_prefix() is None
+    for own, passed_on in [
+        ("own", f"{tmp_path}/own"),
+        ("~/own", str(Path.home() / "own")),
+        ("/shared/own", "/shared/own"),
+        ("s3://bucket/own", "s3://bucket/own"),
+        ("https://s3cret@host/own", None),
+    ]:
+        monkeypatch.setenv("NAFNET_WEIGHTS", own)
+        assert own_prefix() == passed_on
+    assert "other machines are not told of NAFNET_WEIGHTS" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("own", "adopted", "used"),
+    [("", "/theirs", "/theirs"), ("/mine", "/theirs", "/mine"), ("/mine", None, "/mine"), ("", None, "")],
+)
+def test_a_place_that_is_passed_on_counts_where_there_is_no_other(
+    own: str, adopted: str | None, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAFNET_WEIGHTS", own)
+    adopt_prefix(adopted)
+    assert os.environ["NAFNET_WEIGHTS"] == used
 
 
 # Secrets
