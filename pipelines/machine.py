@@ -13,10 +13,7 @@ import torch
 def describe_machine() -> dict[str, Any]:
     """This one: host, system, processor, memory, Python, torch, and its NVIDIA GPUs with driver and torch's CUDA."""
     facts = {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count(), "cpu": _cpu()}
-    facts["memory_gib"] = round(
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    )  # same from boot to boot
-    facts |= {"python": platform.python_version(), "torch": torch.__version__}
+    facts |= {"memory_gib": _memory_gib(), "python": platform.python_version(), "torch": torch.__version__}
     gpus = _gpus()
     if not gpus:
         return facts
@@ -31,6 +28,11 @@ def _cpu() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory_gib() -> int:
+    """All of it, in whole GiB: machines of one kind differ by some pages."""
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
 
 
 def _gpus() -> list[tuple[str, str]]:
