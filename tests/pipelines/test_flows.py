@@ -391,3 +391,11 @@ def test_starting_anew_and_a_second_run_at_once(
     assert again["a.png"]["finished_at"] > first["a.png"]["finished_at"]
     assert again["a.png"]["digest"] == first["a.png"]["digest"]
     assert (output / "images" / "b.png").exists()
+
+
+def test_every_stage_is_told_where_weights_lie(
+    tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAFNET_WEIGHTS", str(tmp_path))
+    job = RestoreJob(source=str(tmp_path / "in"), output=str(tmp_path / "out"), checkpoint=(str(checkpoint_file),))
+    assert flows.prepare(job).work(job.source, None).weights_from == str(tmp_path)
