@@ -31,7 +31,7 @@ SAMPLE = 20  # images that an explanation is tried on
 _RANGE_GUESS_DB = 20 * math.log10(255)  # added to an image whose float prediction is taken for 8-bit, or the reverse
 _GUESS_MARGIN = 0.05  # of an image, by which the number of those may be off a whole one
 _SAME_NUMBER = 0.005  # dB
-# Of GoPro (Chu et al., arXiv 2112.04491, table 1, and MMagic's model page).
+# On GoPro: the first two are in NAFNet's paper (arXiv 2204.04676), the third is how MMagic scores.
 _OTHERS = {
     "NAFNet-GoPro-width64": (
         (33.08, "tlc", "without TLC"),

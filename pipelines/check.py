@@ -51,12 +51,16 @@ def check(data: DataName, url: str, *, variant: str | None = None) -> Findings:
         problems.append(f"{len(entries)} images, the published mean is over {expected}")
     if empty := [entry.key for entry in entries if entry.size == 0]:
         problems.append(f"{len(empty)} files are empty: {_named(empty)}")
+    few = _spread(entries)
+    sizes = {entry.key: _size(source, entry) for entry in few}
+    theirs: list[str] = []
     if found.reference is None:
         remarks.append("no references: images can be restored, not scored")
     else:
-        references = everything if found.reference == found.source else list(open_collection(found.reference).list())
+        collection = open_collection(found.reference)
+        references = everything if found.reference == found.source else list(collection.list())
         problems += _unpaired(entries, references, found)
-        problems += _of_other_sizes(source, entries, open_collection(found.reference), references, found)
+        theirs = _misfits(few, sizes, collection, partners(few, references, found.pair))
     doubles, skipped = _duplicates(source, entries)
     if doubles:
         # Blocks of 256 px may well be alike, all black or all white.
@@ -74,18 +78,20 @@ def check(data: DataName, url: str, *, variant: str | None = None) -> Findings:
         remarks.append("blur_gamma is there, too, and left alone: the published numbers are of blur")
     if data == "gopro":
         problems += _train(found)
-    sizes, unreadable = _sizes(source, entries)
-    if unreadable:
+    if unreadable := [key for key, size in sizes.items() if size is None]:
         problems.append(f"{len(unreadable)} of {_OPENED} images that were opened cannot be read: {_named(unreadable)}")
+    if theirs:
+        problems.append(f"{len(theirs)} of their references are of another size or cannot be read: {_named(theirs)}")
     usual = {"gopro": "1280x720", "reds": "1280x720", "sidd": "256x256"}[data]
-    if set(sizes) - {usual}:
+    known = Counter(size for size in sizes.values() if size is not None)
+    if set(known) - {usual}:
         remarks.append(f"the published images are {usual} px: others were resized, cut, or are another set")
     return Findings(
         found=found,
         images=len(entries),
         expected=expected,
         megabytes=sum(entry.size for entry in entries) / 1e6,
-        sizes=tuple(sizes.most_common()),
+        sizes=tuple(known.most_common()),
         problems=tuple(problems),
         remarks=tuple(remarks),
     )
@@ -119,21 +125,15 @@ def _unpaired(entries: list[Entry], references: list[Entry], found: Found) -> li
     return problems
 
 
-def _of_other_sizes(
-    source: Collection, entries: list[Entry], theirs: Collection, references: list[Entry], found: Found
+def _misfits(
+    entries: list[Entry], sizes: dict[str, str | None], references: Collection, pairs: list[Entry | None]
 ) -> list[str]:
-    """Of the images that are opened, those whose reference has another size in pixels."""
-    few = _spread(entries)
-    others = []
-    for entry, partner in zip(few, partners(few, references, found.pair), strict=True):
-        try:
-            if partner is not None and _size(source, entry) != _size(theirs, partner):
-                others.append(entry.key)
-        except _CANNOT_READ:  # which is said of the image, and found out of the reference when it is scored
-            continue
-    return (
-        [f"{len(others)} images that were opened have a reference of another size: {_named(others)}"] if others else []
-    )
+    """Keys of the references that have another size than their image, or cannot be read."""
+    return [
+        pair.key
+        for entry, pair in zip(entries, pairs, strict=True)
+        if pair is not None and sizes[entry.key] is not None and _size(references, pair) != sizes[entry.key]
+    ]
 
 
 def _is_reference(key: str, found: Found) -> bool:
@@ -188,17 +188,6 @@ def _train(found: Found) -> list[str]:
     return ["this is the training part: the scored one is called test"] if "train" in parts[-2:] else []
 
 
-def _sizes(source: Collection, entries: list[Entry]) -> tuple[Counter[str], list[str]]:
-    """Sizes in px of a few images spread over the set, and the keys of those that cannot be read."""
-    sizes, unreadable = Counter[str](), []
-    for entry in _spread(entries):
-        try:
-            sizes[_size(source, entry)] += 1
-        except _CANNOT_READ:
-            unreadable.append(entry.key)
-    return sizes, unreadable
-
-
 _CANNOT_READ = (UnreadableImage, RefusedImage, FileNotFoundError, StorageError)
 
 
@@ -207,9 +196,12 @@ def _spread(entries: list[Entry]) -> list[Entry]:
     return entries[:: max(1, -(-len(entries) // _OPENED))]
 
 
-def _size(collection: Collection, entry: Entry) -> str:
-    """In px, such as 1280x720."""
-    picture = decode(collection.read(entry.key))
+def _size(collection: Collection, entry: Entry) -> str | None:
+    """In px, such as 1280x720; None for what cannot be read."""
+    try:
+        picture = decode(collection.read(entry.key))
+    except _CANNOT_READ:
+        return None
     return f"{picture.width}x{picture.height}"
 
 

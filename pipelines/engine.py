@@ -17,8 +17,8 @@ os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # in huge pages where Linux has them: 3 to 6 percent
-# A process that reads or writes is kept until it is wanted again: Ray ends it after a second and starts another, which
-# costs 3 s of a core, as much as eight images of 1280x720 px, again and again.
+# A process that reads or writes is kept until it is wanted again. Ray ends it after an idle second and starts another,
+# again and again: 8 percent of the time of 640 pairs of 1280x720 px with a tiny network.
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset it warns at each start
 
@@ -225,16 +225,21 @@ def _look() -> Cluster:
         if all(free.get(name, 0) == there.get(name, 0) for name in ("CPU", "GPU")) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = _nodes()
     return Cluster(
         cpus=int(there.get("CPU", 1)),
         free_cpus=float(free.get("CPU", 0)),
-        node_cpus=max(int(node["Resources"].get("CPU", 1)) for node in nodes),
+        node_cpus=max((int(node["Resources"]["CPU"]) for node in nodes), default=1),
         gpus=float(there.get("GPU", 0)),
         free_gpus=float(free.get("GPU", 0)),
-        nodes=max(1, sum(bool(node["Resources"].get("CPU")) for node in nodes)),  # that take work
+        nodes=max(1, len(nodes)),
         version=ray.__version__,
     )
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The connected cluster's nodes that take work: a head, or a driver's node, may have no CPUs."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]  # type: ignore[no-untyped-call]
 
 
 def _machines() -> Iterator[dict[str, Any]]:
@@ -245,8 +250,7 @@ def _machines() -> Iterator[dict[str, Any]]:
     ask = ray.remote(num_cpus=0, max_retries=0)(describe_machine)
     asked = [
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["Resources"].get("CPU")
+        for node in _nodes()
     ]
     came, _ = ray.wait(asked, num_returns=len(asked), timeout=_MACHINES_SECONDS)
     for answer in came:

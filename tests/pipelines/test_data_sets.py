@@ -172,12 +172,13 @@ def test_a_tree_of_the_other_blur_alone_is_named(tmp_path: Path) -> None:
         check.check("gopro", str(root))
 
 
-def test_a_reference_of_another_size_is_named(tmp_path: Path) -> None:
+def test_references_of_another_size_or_unreadable_are_named(tmp_path: Path) -> None:
     root = make("gopro", tmp_path / "set", images=2, layout="flat", size=SIZE)
-    first = min((root / "test" / "target").iterdir())
+    first, second = sorted((root / "test" / "target").iterdir())
     first.write_bytes(encode(Picture(np.zeros((8, 8, 3), np.uint8), "PNG")))
+    second.write_bytes(b"no image")
     problems = check.check("gopro", str(root)).problems
-    assert f"1 images that were opened have a reference of another size: {first.name}" in problems
+    assert f"2 of their references are of another size or cannot be read: {first.name}, {second.name}" in problems
 
 
 @pytest.mark.parametrize("layout", ["tree", "flat", "lmdb", "tar"])

@@ -23,12 +23,13 @@ from nafnet.images import Picture, decode, encode, read_note
 from nafnet.model import NetConfig
 from nafnet.restore import Restorer
 from pipelines import driver, engine, flows, lease, remote
-from pipelines.driver import Order
+from pipelines.driver import Order, is_passing
 from pipelines.machine import describe_machine
 from pipelines.report import read_rows
+from pipelines.retry import GaveUp
 from pipelines.settings import RestoreJob
 from pipelines.stages import Work
-from pipelines.storage import Store
+from pipelines.storage import StorageError, Store
 from tests.conftest import GOPRO_LIKE, SIDD_LIKE, random_network, save_published
 from tests.pipelines.conftest import KEY, SECRET
 
@@ -391,6 +392,15 @@ def test_starting_anew_and_a_second_run_at_once(
     assert again["a.png"]["finished_at"] > first["a.png"]["finished_at"]
     assert again["a.png"]["digest"] == first["a.png"]["digest"]
     assert (output / "images" / "b.png").exists()
+
+
+def test_only_what_may_pass_is_tried_again() -> None:
+    cut, refused = StorageError("cannot list"), StorageError("there is no such bucket")
+    cut.__cause__, refused.__cause__ = GaveUp("9 attempts"), OSError("NoSuchBucket")
+    lost = lease.LeaseLost("taken over")
+    lost.__cause__ = GaveUp("9 attempts")
+    errors = [cut, refused, lost, GaveUp("9 attempts"), ConnectionError(), ValueError()]
+    assert [is_passing(error) for error in errors] == [True, False, False, True, True, False]
 
 
 def test_every_stage_is_told_where_weights_lie(
