@@ -267,7 +267,7 @@ def trials(recipe: Recipe, convention: Convention, data: str, other_folder: Mapp
         words = "is not rounded" if convention.rounds else "is rounded"
         other = "sidd" if convention.rounds else "gopro"
         found.append(
-            Trial("rounding", f"where the value comes from the prediction {words}", rounding | {"protocol": other})
+            Trial("rounding", f"the prediction {words} where the value comes from", rounding | {"protocol": other})
         )
     if other_folder is not None:
         found.append(

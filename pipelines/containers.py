@@ -71,7 +71,7 @@ def _open(url: str, _process: int, _options: StorageOptions) -> Collection:
         return Shards(url)
     if ending == ".lmdb" and store.exists("data.mdb"):
         return Lmdb(store)
-    if ending in {".mat", ".tar"} and not store.fs.isdir(store.root):
+    if ending in {".mat", ".tar"} and not store.is_folder():
         home, _, name = store.url().rpartition("/")
         return (MatBlocks if ending == ".mat" else Tar)(Store(home or "/"), name)
     return store

@@ -104,8 +104,7 @@ def find(data: DataName, url: str, *, variant: str | None = None) -> Found:
         StorageError: nothing at `url` looks like it; says what was looked for and what is there.
     """
     store = Store(url)
-    if not store.fs.isdir(store.root):
-        raise StorageError(f"no folder at {store.url()}: check the path, the bucket and the credentials")
+    store.check_folder()
     choices = [layout for layout in _LAYOUTS[data] if layout.variant == variant]
     if not choices:
         known = [layout.variant for layout in _LAYOUTS[data] if layout.variant]
@@ -124,7 +123,7 @@ def find(data: DataName, url: str, *, variant: str | None = None) -> Found:
                 f"{'the published numbers are of' if layout.variant else 'was asked for'}: {how}"
             )
     looked = "; ".join(f"{layout.words} ({', '.join(layout.marks)})" for layout in choices)
-    there = sorted(posixpath.basename(str(path).rstrip("/")) for path in store.fs.ls(store.root, detail=False))
+    there = store.names("*")
     listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     other = next((name for name in DATA_SETS if name != data and _is(name, store)), None)
     raise StorageError(
@@ -152,12 +151,8 @@ def _is(data: DataName, store: Store) -> bool:
 
 def _lies(layout: _Layout, store: Store, below: str) -> bool:
     """Whether all of a layout's marks are in this folder of the store."""
-    return all(_there(store, posixpath.join(below, mark)) for mark in layout.marks)
-
-
-def _there(store: Store, pattern: str) -> bool:
-    path = f"{store.root}/{pattern}"
-    return bool(store.fs.glob(path)) if "*" in pattern else bool(store.fs.exists(path))
+    paths = [posixpath.join(below, mark) for mark in layout.marks]
+    return all(store.names(path) if "*" in path else store.exists(path) for path in paths)
 
 
 def _url(store: Store, *parts: str) -> str:

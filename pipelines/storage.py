@@ -4,6 +4,7 @@ A `Store` is a prefix. Keys are relative to it, with '/' between their parts, an
 """
 
 import errno
+import glob
 import os
 import posixpath
 import stat
@@ -143,7 +144,7 @@ class Store:
         """
         try:
             if not self._is_s3:
-                self._check_folder()
+                self.check_folder()
             last = ""
             for key, info in (
                 self._walk_local() if self.is_local else walk(self._s3_page if self._is_s3 else self._page)
@@ -153,13 +154,18 @@ class Store:
                 last = key
                 yield Entry(key, int(info.get("size") or 0), _fingerprint(info))
             if not last and self._is_s3:
-                self._check_folder()
+                self.check_folder()
         except StorageError:
             raise
         except Exception as error:  # every fsspec backend has its own (botocore's are no OSErrors)
             raise self._explained("list", error) from error
 
-    def _check_folder(self) -> None:
+    def check_folder(self) -> None:
+        """See that the prefix is a folder.
+
+        Raises:
+            StorageError: it is not there, is a file, or cannot be looked at, with what to check.
+        """
         if self.is_web:
             raise StorageError(
                 f"{self.url()}: a web server lists nothing: give a .csv, .jsonl or .parquet of its files"
@@ -168,6 +174,8 @@ class Store:
             kind = self._info(self.root)["type"]
         except FileNotFoundError as error:
             raise StorageError(f"nothing at {self.url()}: check the path, the bucket and the credentials") from error
+        except Exception as error:  # every fsspec backend has its own
+            raise self._explained("look at", error) from error
         if kind == "file":
             raise StorageError(f"{self.url()} is a file: give the folder it lies in, and its name with --include")
 
@@ -202,6 +210,10 @@ class Store:
         if keys:
             raise self._explained("read from", denied) from denied
 
+    def is_folder(self) -> bool:
+        """Whether the prefix is a folder that is there."""
+        return bool(self._persist("look up", self.root, lambda: self.fs.isdir(self.root)))
+
     def exists(self, key: str) -> bool:
         """Whether `key` is there."""
         try:
@@ -226,9 +238,9 @@ class Store:
         return Entry(key, int(info.get("size") or 0), _fingerprint(info))
 
     def names(self, pattern: str) -> Sequence[str]:
-        """The names right below the prefix that match a glob, sorted."""
-        found = self._persist("list", self.root, lambda: self.fs.glob(f"{self.root}/{pattern}"))
-        return sorted(posixpath.basename(path) for path in found)
+        """What matches a glob below the prefix, folders too: relative names, sorted."""
+        found = self._persist("list", self.root, lambda: self.fs.glob(f"{glob.escape(self.root)}/{pattern}"))
+        return sorted(path.rstrip("/").removeprefix(f"{self.root.rstrip('/')}/") for path in found)
 
     def read(self, key: str, start: int | None = None, stop: int | None = None, *, size: int | None = None) -> bytes:
         """The content of `key`, or its bytes from `start` to `stop`.

@@ -4,8 +4,9 @@ The place of block j of image i in them is i * 32 + j.
 """
 
 import base64
-import csv
+import hashlib
 import io
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ Pixels = npt.NDArray[np.uint8]
 def write_submission(run: str, form: Literal["csv", "mat"]) -> tuple[str, int]:
     """Write the restored blocks below `run`/images as one file beside them, and read that back.
 
-    Returns its URL and how many blocks it holds.
+    Returns its URL and how many blocks it holds. Memory holds the file, of the MATLAB form the array and a copy too.
 
     Raises:
         StorageError: a block is missing, is not 8-bit RGB of its size, or reads back otherwise.
@@ -34,46 +35,75 @@ def write_submission(run: str, form: Literal["csv", "mat"]) -> tuple[str, int]:
     keys = [entry.key for entry in images.list()]
     count = -(-len(keys) // _BLOCKS)
     wanted = [block_key(i, j) for i in range(count) for j in range(_BLOCKS)]
-    if keys != wanted:
+    if not keys or keys != wanted:
         gone = sorted(set(wanted) - set(keys))[:3]
         raise StorageError(
             f"{images.url()} does not hold whole images of {_BLOCKS} blocks, 0000_00.png and on: "
             + (f"{', '.join(gone)} missing" if gone else f"{len(keys)} files")
         )
-    blocks = [decode(images.read(key)).pixels for key in keys]
-    if {(block.shape, block.dtype.name) for block in blocks} != {(blocks[0].shape, "uint8")} or blocks[0].ndim != 3:
-        raise StorageError(f"the blocks in {images.url()} are not all 8-bit and of one size")
-    array: Pixels = np.stack(blocks).reshape(count, _BLOCKS, *blocks[0].shape)
+    blocks = _Blocks(images, keys)
     place = _NAMES[form]
-    store.write(place, _csv(array) if form == "csv" else _mat(array))
-    again = (_read_csv if form == "csv" else _read_mat)(store.read(place), array.shape)
-    if not np.array_equal(again, array):
+    store.write(place, _csv(blocks) if form == "csv" else _mat(blocks))
+    again = _read_csv(store, place) if form == "csv" else _read_mat(store, place)
+    if [_digest(block) for block in again] != blocks.digests:
         raise StorageError(f"{store.url(place)} reads back otherwise than it was written")
-    return store.url(place), len(blocks)
+    return store.url(place), len(keys)
 
 
-def _csv(array: Pixels) -> bytes:
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("ID", "BLOCK"))
-    for number, block in enumerate(array.reshape(-1, *array.shape[2:])):
-        writer.writerow((number, base64.b64encode(block.tobytes()).decode()))
-    return file.getvalue().encode()
+class _Blocks:
+    """The blocks in order, decoded one by one; `digests` are of those that went by."""
+
+    def __init__(self, images: Store, keys: Sequence[str]) -> None:
+        self._images, self._keys = images, keys
+        self.digests: list[bytes] = []
+        self.shape = decode(images.read(keys[0])).pixels.shape
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[Pixels]:
+        for key in self._keys:
+            block = decode(self._images.read(key)).pixels
+            if block.dtype != np.uint8 or block.ndim != 3 or block.shape != self.shape:
+                raise StorageError(f"the blocks in {self._images.url()} are not all 8-bit RGB and of one size: {key}")
+            self.digests.append(_digest(block))
+            yield block
 
 
-def _read_csv(data: bytes, shape: tuple[int, ...]) -> Pixels:
-    lines = data.decode().splitlines()[1:]  # the csv module stops at fields of 128 KiB
-    numbers, blocks = zip(*(line.split(",") for line in lines), strict=True)
-    if [int(number) for number in numbers] != list(range(len(lines))):
-        raise StorageError("the IDs do not count from 0")
-    return np.stack([np.frombuffer(base64.b64decode(block), np.uint8) for block in blocks]).reshape(shape)
+def _digest(block: Pixels | bytes) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(block) if isinstance(block, np.ndarray) else block).digest()
 
 
-def _mat(array: Pixels) -> bytes:
+def _csv(blocks: _Blocks) -> bytes:
     file = io.BytesIO()
-    scipy.io.savemat(file, {"DenoisedBlocksSrgb": array}, do_compression=True)
+    file.write(b"ID,BLOCK\n")
+    for number, block in enumerate(blocks):
+        file.write(b"%d,%b\n" % (number, base64.b64encode(block.tobytes())))
     return file.getvalue()
 
 
-def _read_mat(data: bytes, shape: tuple[int, ...]) -> Pixels:
-    return np.asarray(scipy.io.loadmat(io.BytesIO(data))["DenoisedBlocksSrgb"], np.uint8).reshape(shape)
+def _read_csv(store: Store, place: str) -> Iterator[bytes]:
+    with store.open(place) as file:
+        file.readline()
+        for expected, line in enumerate(file):
+            number, _, block = line.partition(b",")
+            if int(number) != expected:
+                raise StorageError(f"the IDs in {store.url(place)} do not count from 0: {expected} is {int(number)}")
+            yield base64.b64decode(block)
+
+
+def _mat(blocks: _Blocks) -> bytes:
+    array: Pixels = np.empty((len(blocks), *blocks.shape), np.uint8)
+    for number, block in enumerate(blocks):
+        array[number] = block
+    file = io.BytesIO()
+    whole = array.reshape(-1, _BLOCKS, *blocks.shape)
+    scipy.io.savemat(file, {"DenoisedBlocksSrgb": whole}, do_compression=True)
+    return file.getvalue()
+
+
+def _read_mat(store: Store, place: str) -> Iterator[Pixels]:
+    with store.open(place) as file:
+        array: Pixels = scipy.io.loadmat(file)["DenoisedBlocksSrgb"]
+    for image in array:
+        yield from image

@@ -425,7 +425,7 @@ def test_the_command(tmp_path: Path, weights: Path, gopro: Path, command_environ
     [
         (["benchmark"], "which test set?"),
         (["benchmark", "gopro"], "--data takes one URL with gopro"),
-        (["benchmark", "gopro", "--data", "/nowhere"], "no folder at /nowhere"),
+        (["benchmark", "gopro", "--data", "/nowhere"], "nothing at /nowhere"),
         (["benchmark", "--all", "--data", "x=/y"], "--all takes --data NAME=URL"),
         (["benchmark", "--all", "--data", "gopro=/y", "--expect", "30"], "against its own value: leave out --expect"),
         (["benchmark", "gopro", "--data", "SET", "--pair", "a=b"], "pair without a reference"),

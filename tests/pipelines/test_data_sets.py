@@ -127,7 +127,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path: Path) -> None:
     make("reds", tmp_path / "set", images=2, size=SIZE)
     with pytest.raises(StorageError, match=r"no gopro data set at .*There is: val\. That looks like reds"):
         datasets.find("gopro", str(tmp_path / "set"))
-    with pytest.raises(StorageError, match="no folder at"):
+    with pytest.raises(StorageError, match="nothing at"):
         datasets.find("gopro", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="reds has no variant 'gamma'"):
         datasets.find("reds", str(tmp_path / "set"), variant="gamma")
@@ -336,6 +336,9 @@ def test_a_submission_reads_back(tmp_path: Path, form: str) -> None:
             rows = list(csv.DictReader(file))
         assert rows[33]["ID"] == "33"
         assert base64.b64decode(rows[33]["BLOCK"]) == array[1, 1].tobytes()
+    run.write("images/0001_31.png", encode(Picture(np.zeros((256, 256, 1), np.uint8), "PNG")))
+    with pytest.raises(StorageError, match=r"not all 8-bit RGB and of one size: 0001_31\.png"):
+        submission.write_submission(str(tmp_path / "run"), form)  # type: ignore[arg-type]
     run.delete("images/0001_05.png")
     with pytest.raises(StorageError, match=r"0001_05\.png missing"):
         submission.write_submission(str(tmp_path / "run"), form)  # type: ignore[arg-type]

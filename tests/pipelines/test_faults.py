@@ -14,6 +14,8 @@ from nafnet.images import Picture, decode, encode
 from nafnet.restore import Restorer
 from pipelines import flows, retry
 from pipelines.actor import RestoreActor
+from pipelines.check import check
+from pipelines.made import make
 from pipelines.manifest import plan
 from pipelines.report import summarize
 from pipelines.settings import RestoreJob
@@ -58,6 +60,21 @@ def test_five_hundred_images_come_through_a_bad_network(
     assert summarize(rows)["storage_retries"] == sum(rows["retries"].to_pylist())
     for key in rows["key"].to_pylist():
         assert decode((place / "out" / "images" / key).read_bytes()).pixels.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("layout", ["tree", "lmdb"])
+def test_a_data_set_is_found_and_checked_over_a_bad_network(
+    s3_address: str, s3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setattr(retry, "_FIRST_WAIT_SECONDS", 0.02)
+    place = s3_folder / "bucket" / tmp_path.name
+    make("gopro", place, images=4, size=(96, 64), layout=layout)
+    want = check("gopro", str(place))
+    with FaultProxy(s3_address, rate=0.12, seed=5, delay_seconds=0.1) as proxy:
+        use(StorageOptions.parse("test", {"s3://": {"endpoint_url": proxy.url}}))
+        found = check("gopro", f"s3://bucket/{tmp_path.name}")
+    assert sum(count for name, count in proxy.counts.items() if name != "passed") >= 3
+    assert (found.images, found.sizes, found.problems) == (want.images, want.sizes, want.problems)
 
 
 def test_a_secret_is_in_nothing_that_a_run_leaves(
