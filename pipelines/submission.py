@@ -71,7 +71,7 @@ class _Blocks:
 
 
 def _digest(block: Pixels | bytes) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(block) if isinstance(block, np.ndarray) else block).digest()
+    return hashlib.sha256(block if isinstance(block, bytes) else block.tobytes()).digest()
 
 
 def _csv(blocks: _Blocks) -> bytes:
