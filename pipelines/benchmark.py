@@ -181,7 +181,12 @@ def judge(rows: pa.Table, summary: Summary, recipe: Recipe, goal: Published, *, 
     elif verdict.ssim_off is not None and not abs(verdict.ssim_off) <= tolerance.ssim_3d:
         problems.append(f"SSIM-3D is off by {verdict.ssim_off:+.4f}, more than {tolerance.ssim_3d:g}")
     verdict = replace(verdict, problems=tuple(problems))
-    return replace(verdict, causes=tuple(_read_off(summary, verdict)))
+    causes = _read_off(summary, verdict)
+    if convention is not None and convention.name != data:
+        met = verdict.psnr_off is None or abs(verdict.psnr_off) <= tolerance.psnr
+        if met or convention.rounds == Convention(data).rounds:  # else a sample shows what rounding does
+            causes.append(Cause("protocol", f"these scores follow {convention.name}: take {data} and metrics authors"))
+    return replace(verdict, causes=tuple(causes))
 
 
 def _incomplete(rows: pa.Table, summary: Summary, goal: Published) -> list[str]:

@@ -1,5 +1,6 @@
 """`nafnet doctor`: what is wrong on this machine, and what to do."""
 
+import os
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -14,7 +15,10 @@ def doctor(
     ] = None,
     ray_address: Annotated[
         str | None,
-        typer.Option(help="A Ray cluster to reach: 'auto', host:port or http://host:8265; 'local' starts one."),
+        typer.Option(
+            help="A Ray cluster to reach: 'auto', host:port or http://host:8265; 'local' starts one. "
+            "Default: that of RAY_ADDRESS."
+        ),
     ] = None,
     storage: Storage = None,
 ) -> None:
@@ -30,8 +34,7 @@ def doctor(
     def findings() -> Iterator[Finding]:
         yield from checks.machine()
         yield _prefect()
-        if ray_address is not None:
-            yield _ray(ray_address)
+        yield _ray(ray_address or os.environ.get("RAY_ADDRESS"))
         for url in urls or ():
             yield from checks.storage(url)
 
@@ -59,10 +62,12 @@ def _prefect() -> Any:
     return Finding("Prefect", Level.OK, where or "no PREFECT_API_URL: each run starts a server of its own")
 
 
-def _ray(address: str) -> Any:
+def _ray(address: str | None) -> Any:
     from pipelines import engine, remote
     from pipelines.doctor import Finding, Level
 
+    if address is None:
+        return Finding("Ray", Level.OK, "no --ray-address or RAY_ADDRESS: each run starts one of its own")
     try:
         if remote.is_remote(address):
             return Finding("Ray", Level.OK, f"takes jobs, Ray {remote.version(address)}")

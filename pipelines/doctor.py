@@ -29,6 +29,7 @@ from pipelines.weights import locate
 _PACKAGE = "nafnet-pipelines"
 _LEAST_FREE_BYTES = 5 * 2**30  # of disk: weights, Ray's spilled objects, expanded MATLAB arrays
 _LEAST_MEMORY_BYTES = 4 * 2**30  # of a machine: the network at 1280x720 px takes 1.5
+_FAST_ON_GPU = {"float32": (0, 0), "float16": (5, 3), "TF32": (8, 0), "bf16": (8, 0)}  # from which compute capability
 _SLOW_SECONDS = 0.2  # to encode and decode 1280x720 px
 
 
@@ -146,8 +147,12 @@ def _devices() -> Iterator[Finding]:
         yield Finding("GPU", Level.OK, f"none: {built}")
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        name, capability = torch.cuda.get_device_name(i), ".".join(map(str, torch.cuda.get_device_capability(i)))
-        found = f"{name}, compute {capability}, {_gigabytes(free)} of {_gigabytes(total)} free"
+        name, capability = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
+        known = ", ".join(word for word, least in _FAST_ON_GPU.items() if capability >= least)
+        found = (
+            f"{name}, compute {'.'.join(map(str, capability))}, {_gigabytes(free)} of {_gigabytes(total)} free, "
+            f"arithmetic in {known}"
+        )
         yield Finding(f"GPU {i}", Level.OK, found)
 
 

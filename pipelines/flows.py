@@ -30,7 +30,7 @@ from prefect.tasks import exponential_backoff
 
 from nafnet.ablations import ABLATIONS
 from nafnet.conventions import Convention, ProfileName, ProtocolName
-from nafnet.recipe import Precision, Tile
+from nafnet.recipe import Precision
 from pipelines import benchmark as benchmarks
 from pipelines import compare as comparing
 from pipelines import (
@@ -59,7 +59,7 @@ from pipelines.prepare import Prepared, settle_job
 from pipelines.progress import Progress
 from pipelines.records import Status
 from pipelines.remote import Owner
-from pipelines.settings import RestoreJob, StorageName
+from pipelines.settings import RestoreJob, StorageName, TileName
 from pipelines.storage import Store, use
 from pipelines.storage_options import StorageOptions, load
 from pipelines.weights import own_prefix
@@ -150,7 +150,7 @@ def restore(
     crop_border: int = 0,
     y_channel: bool = False,
     precision: Precision = "float32",
-    tile: Tile = "auto",
+    tile: TileName = "auto",
     halo: int = 192,
     strength: float = 1,
     self_ensemble: bool = False,
@@ -185,7 +185,6 @@ def restore(
     prepared = prepare(job)
     started, clock = datetime.now(UTC), time.monotonic()
     with lease.hold(Store(job.output), f"flow run {flow_run.name}") as held:
-        _stop_orphans(job)
         plan = plan_images(prepared)
         emit("started", matched=plan.matched, to_restore=plan.to_restore, output=job.output)
         deadline = math.inf if job.time_limit is None else clock + job.time_limit * 3600
@@ -205,9 +204,27 @@ def restore(
     return Completed(message=report.count_line(summary))
 
 
-@task(name="plan", cache_policy=NO_CACHE)
+def _passing(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether a deployment's run tries again: for what may be gone by then. A person at a terminal sees it at once."""
+    error = state.result(raise_on_failure=False)
+    return bool(deployment.id) and isinstance(error, Exception) and is_passing(error)
+
+
+_AGAIN: dict[str, Any] = {
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(10),
+    "retry_jitter_factor": 0.2,
+    "retry_condition_fn": _passing,
+}
+
+
+@task(name="plan", cache_policy=NO_CACHE, **_AGAIN)
 def plan_images(prepared: Prepared) -> Plan:
-    """List, pair, drop what is finished; write the manifest and the rows of inputs that are decided already."""
+    """List, pair, drop what is finished; write the manifest and the rows of inputs that are decided already.
+
+    Before that, what dead runs left on a cluster is stopped: it would go on writing.
+    """
+    _stop_orphans(prepared.job)
     job = prepared.job
     earlier = set_aside(Store(job.output)) if job.fresh else None
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
@@ -230,20 +247,7 @@ def plan_images(prepared: Prepared) -> Plan:
     return plan
 
 
-def _passing(_task: Any, _run: Any, state: State[Any]) -> bool:
-    """Whether a deployment's run tries again: for what may be gone by then. A person at a terminal sees it at once."""
-    error = state.result(raise_on_failure=False)
-    return bool(deployment.id) and isinstance(error, Exception) and is_passing(error)
-
-
-@task(
-    name="restore",
-    cache_policy=NO_CACHE,
-    retries=3,
-    retry_delay_seconds=exponential_backoff(10),
-    retry_jitter_factor=0.2,
-    retry_condition_fn=_passing,
-)
+@task(name="restore", cache_policy=NO_CACHE, **_AGAIN)
 def restore_images(prepared: Prepared, plan: Plan, held: Lease, deadline: float) -> dict[str, Any]:
     """Restore what the plan holds and write report parts as rows come in. Says what cluster did it.
 
@@ -307,7 +311,7 @@ def _follow(
 
 
 def _stop_orphans(job: RestoreJob) -> None:
-    """Before what is there is looked at: they would go on writing. The output's lease is held."""
+    """Those that dead runs left on a cluster. The output's lease is held."""
     if remote.is_remote(job.ray_address):
         remote.reap(job.ray_address, Store(job.output).url(), _is_over)
 
@@ -367,7 +371,7 @@ def benchmark(
     protocol: ProtocolName | None = None,
     metrics: ProfileName = "authors",
     precision: Precision = "float32",
-    tile: Tile = "whole",
+    tile: TileName = "whole",
     halo: int = 192,
     actors: int | None = None,
     max_actors: int | None = None,

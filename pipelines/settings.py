@@ -12,6 +12,7 @@ from pipelines.datasets import IMAGES
 from pipelines.storage_options import NAMED
 
 StorageName = Annotated[str, Field(pattern=NAMED)]
+TileName = Annotated[int, Field(ge=32)] | Literal["auto", "whole"]
 
 
 class RestoreJob(BaseModel):
@@ -64,7 +65,7 @@ class RestoreJob(BaseModel):
         "float32"
     )
     tile: Annotated[
-        int | Literal["auto", "whole"],
+        TileName,
         Field(description="Side of tiles in px, whole, or auto: whole where it fits into memory, else the largest"),
     ] = "auto"
     halo: Annotated[int, Field(ge=0, description="Margin around a tile that is restored and thrown away, px")] = 192

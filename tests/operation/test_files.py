@@ -1,14 +1,17 @@
 """What is written for machines that are not here, held to the schemas of those that would read it."""
 
+import os
 import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from prefect.utilities.callables import parameter_schema
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from infra.console import ROOT
@@ -80,3 +83,42 @@ def test_deployments_name_flows_and_parameters_that_there_are() -> None:
         assert all(schedule["active"] is False for schedule in deployment["schedules"])
         assert deployment["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
     assert names == {"restore/gopro", "restore/sidd", "restore/reds", "restore/folder", "benchmark/paper"}
+
+
+def test_a_form_shows_descriptions_choices_bounds_and_defaults() -> None:
+    """What Prefect's interface draws a deployment's form from."""
+    for flow in (flows.restore, flows.benchmark):
+        schema = parameter_schema(flow).model_dump_for_openapi()
+        shown = schema["properties"]
+        assert not [name for name, one in shown.items() if not one.get("description")]
+        given = {name for name, one in signature(flow.fn).parameters.items() if one.default is not one.empty}
+        assert given == {name for name, one in shown.items() if "default" in one}
+        assert set(schema["required"]) == set(shown) - given
+        assert shown["precision"]["enum"] == ["float32", "bf16", "float16"]
+        assert {"type": "integer", "minimum": 32} in shown["tile"]["anyOf"]
+    assert (shown["gpus_per_actor"]["minimum"], shown["halo"]["default"]) == (0, 192)
+
+
+def test_the_wheel_alone_runs_a_flow(wheel: str, tmp_path: Path) -> None:
+    """As on a worker without a checkout: what a deployment names comes from the package, with all that it reads."""
+    place = tmp_path / "packages"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", place, wheel)
+    code = (
+        "import pipelines.flows, pipelines.report_html, pipelines.compare_html, nafnet\n"
+        "for one in (pipelines, nafnet): print(one.__file__)\n"
+        "nafnet.Restorer.load('demo')\n"
+        "print(sorted(path.name for path in __import__('pathlib').Path(pipelines.__file__).parent.glob('*.j2')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(place)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    *packages, templates = done.stdout.splitlines()
+    assert packages == [str(place / name / "__init__.py") for name in ("pipelines", "nafnet")]
+    assert templates == str(sorted(path.name for path in (ROOT / "pipelines").glob("*.j2")))
+
+
+def test_waits_between_attempts_double() -> None:
+    for task in (flows.plan_images, flows.restore_images):
+        assert task.retries == 3
+        assert task.retry_delay_seconds == [10, 20, 40]

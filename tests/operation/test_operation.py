@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -22,6 +21,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed
+from ray._common.utils import get_default_ray_temp_dir
 
 from infra import console as consoles
 from infra.console import BIN, ROOT, Console
@@ -58,16 +58,6 @@ def client(console: Console) -> Iterator[SyncPrefectClient]:
     url = console.environment["PREFECT_API_URL"]
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """This package as it is built."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT]
-    subprocess.run(command, check=True, capture_output=True)
-    [built] = folder.iterdir()
-    return str(built)
 
 
 def until(ready: Callable[[], bool], seconds: float) -> None:
@@ -183,14 +173,14 @@ def test_a_deployment_runs_and_shows_what_it_did(console: Console, client: SyncP
     lines = logs(client, run.id)
     assert any(line.startswith("8 images match") for line in lines)
     assert any(line.startswith("block {") for line in lines)
-    # Nothing that a person or a server keeps holds the keys of the storage.
+    kept = ["\n".join(lines).encode(), json.dumps(run.parameters).encode(), *(str(one.data).encode() for one in found)]
+    assert not [one for one in kept if any(secret in one for secret in secrets(console))]
+
+
+def secrets(console: Console) -> list[bytes]:
+    """The keys of the storage and of Ray."""
     names = ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "RAY_AUTH_TOKEN")
-    secrets = [console.environment[name].encode() for name in names]
-    output = console.home / "s3" / consoles.BUCKET / "restored" / "gopro"
-    kept = [file.read_bytes() for file in output.rglob("*") if file.is_file()]
-    kept += [file.read_bytes() for file in console.home.glob("*.log")]
-    kept += ["\n".join(lines).encode(), json.dumps(run.parameters).encode(), *(str(one.data).encode() for one in found)]
-    assert not [one for one in kept if any(secret in one for secret in secrets)]
+    return [console.environment[name].encode() for name in names]
 
 
 def test_bad_parameters_are_refused_before_there_is_a_run(console: Console, client: SyncPrefectClient) -> None:
@@ -354,9 +344,19 @@ def test_a_worker_that_is_terminated_leaves_nothing_running_and_its_run_goes_on(
 
 
 def test_what_stops_is_gone(console: Console) -> None:
-    """Runs last: the servers end with `make down`, and nothing of them stays."""
+    """Runs last: the servers end with `make down`, and nothing of them stays; no file that they wrote tells a key."""
     pids = [pid for pid, _ in console.pids.values()]
+    [session] = Path(get_default_ray_temp_dir()).glob(f"session_*_{console.pids['ray'][0]}")
     consoles.down(console.home)
     assert not [one for pid in pids for one in consoles._session(pid)]
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(console.home) not in left
+    drivers = [*session.glob("logs/job-driver-restore-*.log")]  # of the jobs that were submitted
+    assert len(drivers) >= 2
+    files = [*(session / "logs").rglob("*"), *(console.home / "s3").rglob("*"), *console.home.glob("*.log")]
+    assert not [file for file in files if file.is_file() and holds(file, secrets(console))]
+
+
+def holds(file: Path, secrets: list[bytes]) -> bool:
+    content = file.read_bytes()
+    return any(secret in content for secret in secrets)

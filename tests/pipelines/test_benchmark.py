@@ -240,7 +240,8 @@ def test_a_flat_ssim_is_named(tmp_path: Path, weights: Path, gopro: Path) -> Non
     assert len(verdict.problems) == 1
     assert causes(verdict) == ["ssim-2d"]
     other = run(tmp_path, "gopro", weights, score, images=4, metrics="basicsr")
-    assert "ssim-2d" in causes(other)
+    assert causes(other) == ["ssim-2d", "protocol"]
+    assert other.causes[1].words == "these scores follow gopro+basicsr: take gopro and metrics authors"
 
 
 def test_the_other_blur_is_named(tmp_path: Path, weights: Path, gopro: Path) -> None:

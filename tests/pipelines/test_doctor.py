@@ -57,11 +57,14 @@ def test_the_command_ends_with_one_when_something_is_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str
 ) -> None:
     monkeypatch.setenv("NAFNET_CACHE", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     well = CliRunner().invoke(app, ["doctor", str(tmp_path)])
     assert well.exit_code == 0, well.output
+    assert "Ray: no --ray-address or RAY_ADDRESS: each run starts one of its own" in well.output
     assert f"Prefect: {prefect_server}, version 3." in well.output
     (tmp_path / "file").write_bytes(b"")
-    wrong = CliRunner().invoke(app, ["doctor", str(tmp_path / "file"), "--ray-address", f"127.0.0.1:{free_port()}"])
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    wrong = CliRunner().invoke(app, ["doctor", str(tmp_path / "file")])
     assert wrong.exit_code == 1
     assert "bad   Ray: " in wrong.output
     assert f"bad   storage {tmp_path}/file: cannot write: " in wrong.output

@@ -22,7 +22,7 @@ from nafnet import catalog
 from nafnet.images import Picture, decode, encode, read_note
 from nafnet.model import NetConfig
 from nafnet.restore import Restorer
-from pipelines import driver, engine, flows, lease, remote
+from pipelines import driver, engine, flows, lease, manifest, remote
 from pipelines.driver import Order, is_passing
 from pipelines.machine import describe_machine
 from pipelines.report import read_rows
@@ -342,9 +342,19 @@ def test_a_deployment_tries_a_failing_cluster_again_for_what_is_left(
         whole([pairs.slice(0, 2)], work, place, on_rows)
         raise ConnectionError("the head is gone")
 
+    listed = list[str]()
+
+    def cut_off(job: RestoreJob, *recipe: str) -> manifest.Plan:
+        listed.append(job.source)
+        if deployed and len(listed) == 1:
+            raise GaveUp("9 attempts")
+        return plan(job, *recipe)
+
+    plan = manifest.plan
+    monkeypatch.setattr(manifest, "plan", cut_off)
     monkeypatch.setattr(engine, "run", failing)
-    quick = flows.restore_images.with_options(retry_delay_seconds=0.1)
-    monkeypatch.setattr(flows, "restore_images", quick)
+    for task in (flows.plan_images, flows.restore_images):
+        monkeypatch.setattr(flows, task.fn.__name__, task.with_options(retry_delay_seconds=0.1))
     monkeypatch.setattr(flows, "deployment", SimpleNamespace(id="a deployment" if deployed else None))
     state = restore(source=str(tmp_path / "in"), output=str(tmp_path / "out"), checkpoint=str(checkpoint_file))
     names = [f"{i}.png" for i in range(5)]
@@ -354,6 +364,7 @@ def test_a_deployment_tries_a_failing_cluster_again_for_what_is_left(
         return
     assert state.is_completed(), state.message
     assert attempts == [names, names[2:]]
+    assert len(listed) == 2
     assert list(rows_of(tmp_path / "out")) == names
     assert len(read_rows(Store(str(tmp_path / "out")))) == 5
 
