@@ -19,7 +19,7 @@ from nafnet.memory import available_bytes
 from nafnet.recipe import Recipe
 from nafnet.restore import Pixels, Restored, Restorer, to_float
 from pipelines.records import Status
-from pipelines.stages import PIXEL_SCHEMA, Row, Work, crashed, ended, pixels_of, rows_of, written_dtype
+from pipelines.stages import Row, Work, crashed, ended, pixels_of, rows_of, table_of, written_dtype
 from pipelines.storage import use
 from pipelines.weights import adopt_prefix, locate
 
@@ -116,7 +116,7 @@ class RestoreActor:
             for (places, _), restored in zip(calls, done, strict=True):
                 for i, row in zip(places, restored, strict=True):
                     rows[i] = row
-        return pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+        return table_of(rows)
 
     def _at_once(self, height: int, width: int) -> int:
         """How many calls of the network on images of this size (px) may be under way at once.
@@ -163,7 +163,7 @@ class RestoreActor:
         return {
             **row,
             "pixels": row["pixels"] if row["reference"] is not None else None,  # needed again only to score
-            "restored": restored.pixels.tobytes(),
+            "restored": restored.pixels,
             "restored_dtype": restored.pixels.dtype.name,
             "seconds": seconds,
             "tiles": restored.tiles,

@@ -9,7 +9,7 @@ import, and more memory, than all else.
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -111,12 +111,12 @@ def fetch(batch: pa.Table, work: Work) -> Iterator[pa.Table]:
     with ThreadPoolExecutor(_REQUESTS) as readers:
         for pair, read in zip(pairs, readers.map(partial(_read_pair, work), pairs), strict=True):
             rows.append({**_decode_one(pair, read, work), "retries": read.retries})
-            held += len(rows[-1]["pixels"] or b"")
+            held += 0 if rows[-1]["pixels"] is None else rows[-1]["pixels"].nbytes
             if held >= BLOCK_BYTES:
-                yield pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+                yield table_of(rows)
                 rows, held = [], 0
     if rows:
-        yield pa.Table.from_pylist(rows, schema=PIXEL_SCHEMA)
+        yield table_of(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def _decode_one(row: Row, read: _Read, work: Work) -> Row:
         "width": picture.width,
         "channels": picture.channels,
         "dtype": picture.pixels.dtype.name,
-        "pixels": picture.pixels.tobytes(),
+        "pixels": picture.pixels,
         "fetch_seconds": read.seconds + time.perf_counter() - started,
     }
 
@@ -327,19 +327,46 @@ def written_dtype(row: Row, work: Work) -> str:
     return next(name for name in (dtype, "uint16", "uint8") if holds_depth(chosen, np.dtype(name).itemsize * 8))
 
 
+def table_of(rows: Sequence[Row]) -> pa.Table:
+    """`PIXEL_SCHEMA`, of rows whose pixels are arrays or views; each is copied once.
+
+    pyarrow (26.0) keeps what a memoryview that it converts shows for good: a process would grow by each image.
+    """
+    plain = pa.Table.from_pylist([{**row, **dict.fromkeys(_PIXELS)} for row in rows], schema=PIXEL_SCHEMA)
+    for name in _PIXELS:
+        parts = [row.get(name) for row in rows]
+        ends = np.cumsum([0, *(0 if part is None else part.nbytes for part in parts)], dtype=np.int64)
+        there = pa.array([part is not None for part in parts]).buffers()[1]
+        content = b"".join(np.ascontiguousarray(part).data for part in parts if part is not None)
+        buffers = [there, pa.py_buffer(ends), pa.py_buffer(content)]
+        column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers)
+        plain = plain.set_column(plain.schema.get_field_index(name), PIXEL_SCHEMA.field(name), column)
+    return plain
+
+
+_PIXELS = ("pixels", "restored")
+
+
 def rows_of(batch: pa.Table) -> Iterable[Row]:
     """Rows as dictionaries; pixels stay views of the table's memory."""
-    names = [name for name in batch.column_names if name not in {"pixels", "restored"}]
-    for i, row in enumerate(batch.select(names).to_pylist()):
-        for name in ("pixels", "restored"):
-            buffer = batch[name][i].as_buffer()
-            row[name] = memoryview(buffer) if buffer is not None else None
-        yield row
+    names = [name for name in batch.column_names if name not in _PIXELS]
+    views = [_views(batch[name]) for name in _PIXELS]
+    for row, *pixels in zip(batch.select(names).to_pylist(), *views, strict=True):
+        yield row | dict(zip(_PIXELS, pixels, strict=True))
+
+
+def _views(column: pa.ChunkedArray) -> Iterator[memoryview | None]:
+    """The values as views: pyarrow's own way to one of them copies it."""
+    for chunk in column.chunks:
+        _, ends, content = chunk.buffers()
+        at = np.frombuffer(ends, np.int64)[chunk.offset :]
+        for i, there in enumerate(chunk.is_valid().to_pylist()):
+            yield memoryview(content)[at[i] : at[i + 1]] if there else None
 
 
 def pixels_of(row: Row, column: str, dtype: str) -> npt.NDArray[Any]:
     """The column "pixels" or "restored" as (height, width, channels)."""
-    flat = np.frombuffer(row[column], dtype)
+    flat = np.require(np.frombuffer(row[column], dtype), requirements="A")  # after an image of bytes it may not be
     return flat.reshape(row["height"], row["width"], row["channels"])
 
 

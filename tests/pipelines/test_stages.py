@@ -27,7 +27,7 @@ from pipelines.actor import RestoreActor
 from pipelines.manifest import plan
 from pipelines.records import REPORT_SCHEMA
 from pipelines.settings import RestoreJob
-from pipelines.stages import Work, fetch, finish
+from pipelines.stages import PIXEL_SCHEMA, Work, fetch, finish, pixels_of, rows_of, table_of
 from pipelines.storage import Store
 from tests.conftest import GOPRO_LIKE, random_network, save_published
 
@@ -393,6 +393,36 @@ def test_an_image_for_which_memory_runs_out_is_refused_and_the_others_go_on(
     assert ends == {**dict.fromkeys(rows, "restored"), "colour.png": "refused"}
     assert "give the actor more memory" in str(rows["colour.png"]["reason"])
     assert not (places / "out" / "images" / "colour.png").exists()
+
+
+def test_pixels_of_all_kinds_pass_through_a_table(rng: np.random.Generator) -> None:
+    """Each as it was, aligned as its numbers want it, in parts of a table, too."""
+    kinds: list[tuple[str, tuple[int, int, int]] | None] = [
+        ("uint8", (1, 3, 1)), ("float32", (2, 5, 3)), None, ("uint16", (3, 1, 1)), ("float32", (1, 1, 4)),
+    ]  # fmt: skip
+    arrays = [None if kind is None else (rng.random(kind[1]) * 200).astype(kind[0]) for kind in kinds]
+    rows = [
+        {
+            **dict.fromkeys(PIXEL_SCHEMA.names),
+            **({} if array is None else dict(zip(("height", "width", "channels"), array.shape, strict=True))),
+            "dtype": None if array is None else array.dtype.name,
+            "pixels": array,
+            "restored": None if array is None else memoryview(array[::-1].tobytes()),
+        }
+        for array in arrays
+    ]
+    whole = table_of(rows)
+    assert whole.schema == PIXEL_SCHEMA
+    whole.validate(full=True)
+    for table, first in ((whole, 0), (whole.slice(1, 3), 1), (pa.concat_tables([whole.slice(3), whole]), 3)):
+        for row, array in zip(rows_of(table), [*arrays[first:], *arrays][: len(table)], strict=True):
+            if array is None:
+                assert row["pixels"] is row["restored"] is None
+                continue
+            found = pixels_of(row, "pixels", row["dtype"])
+            assert found.flags.aligned
+            np.testing.assert_array_equal(found, array)
+            np.testing.assert_array_equal(pixels_of(row, "restored", row["dtype"]), array[::-1])
 
 
 def test_fetching_gives_tables_away_by_what_they_hold_decoded(
