@@ -64,7 +64,7 @@ class _Blocks:
     def __iter__(self) -> Iterator[Pixels]:
         for key in self._keys:
             block = decode(self._images.read(key)).pixels
-            if block.dtype != np.uint8 or block.ndim != 3 or block.shape != self.shape:
+            if block.dtype != np.uint8 or block.shape != self.shape or block.shape[2] != 3:
                 raise StorageError(f"the blocks in {self._images.url()} are not all 8-bit RGB and of one size: {key}")
             self.digests.append(_digest(block))
             yield block

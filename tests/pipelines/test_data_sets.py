@@ -318,27 +318,29 @@ def test_names_in_a_shard_end_at_their_first_dot(tmp_path: Path) -> None:
         list(pack.pack(str(tmp_path / "in"), str(tmp_path / "out")))
 
 
+@pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize("form", ["csv", "mat"])
-def test_a_submission_reads_back(tmp_path: Path, form: str) -> None:
+def test_a_submission_reads_back(tmp_path: Path, s3_url: str, form: str, remote: bool) -> None:
     make("sidd", tmp_path / "set", images=2, layout="benchmark")
     name = "BenchmarkNoisyBlocksSrgb"
     array = scipy.io.loadmat(tmp_path / "set" / f"{name}.mat")[name]
-    blocks, run = open_collection(str(tmp_path / "set" / f"{name}.mat")), Store(str(tmp_path / "run"))
+    home = f"{s3_url}/{tmp_path.name}" if remote else str(tmp_path / "run")
+    blocks, run = open_collection(str(tmp_path / "set" / f"{name}.mat")), Store(home)
     for entry in blocks.list():
         run.write(f"images/{entry.key}", blocks.read(entry.key))
-    place, count = submission.write_submission(str(tmp_path / "run"), form)  # type: ignore[arg-type]
+    place, count = submission.write_submission(home, form)  # type: ignore[arg-type]
     assert count == 64
+    written = run.read(run.key(place))
     if form == "mat":
-        np.testing.assert_array_equal(scipy.io.loadmat(place)["DenoisedBlocksSrgb"], array)
+        np.testing.assert_array_equal(scipy.io.loadmat(BytesIO(written))["DenoisedBlocksSrgb"], array)
     else:
         csv.field_size_limit(10**7)
-        with Path(place).open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(written.decode().splitlines()))
         assert rows[33]["ID"] == "33"
         assert base64.b64decode(rows[33]["BLOCK"]) == array[1, 1].tobytes()
     run.write("images/0001_31.png", encode(Picture(np.zeros((256, 256, 1), np.uint8), "PNG")))
     with pytest.raises(StorageError, match=r"not all 8-bit RGB and of one size: 0001_31\.png"):
-        submission.write_submission(str(tmp_path / "run"), form)  # type: ignore[arg-type]
+        submission.write_submission(home, form)  # type: ignore[arg-type]
     run.delete("images/0001_05.png")
     with pytest.raises(StorageError, match=r"0001_05\.png missing"):
-        submission.write_submission(str(tmp_path / "run"), form)  # type: ignore[arg-type]
+        submission.write_submission(home, form)  # type: ignore[arg-type]
