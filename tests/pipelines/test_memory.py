@@ -64,11 +64,11 @@ def held(rounds):
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 before = held(5)
-print(held(10) - before)
+print(held(25) - before)
 """
 
 
-def test_forty_scored_images_leave_nothing_behind(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_hundred_scored_images_leave_nothing_behind(tmp_path: Path, rng: np.random.Generator) -> None:
     weights = save_published(tmp_path / "net.pth", random_network(NetConfig(width=4, enc_blocks=(1,), dec_blocks=(1,))))
     for folder in ("in", "ref"):
         (tmp_path / folder).mkdir()
@@ -78,4 +78,4 @@ def test_forty_scored_images_leave_nothing_behind(tmp_path: Path, rng: np.random
     command = [sys.executable, "-c", _STAGES, str(weights), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 10e6  # 750 kB an image, of which one was once kept of each
+    assert int(done.stdout) < 30e6  # an image has 750 kB, and each was once kept
