@@ -224,8 +224,8 @@ def plan_images(prepared: Prepared) -> Plan:
 
     Before that, what dead runs left on a cluster is stopped: it would go on writing.
     """
-    _stop_orphans(prepared.job)
     job = prepared.job
+    _stop_orphans(job)
     earlier = set_aside(Store(job.output)) if job.fresh else None
     plan = manifest.plan(job, prepared.recipe.hash, prepared.protocol)
     source = open_collection(plan.source)

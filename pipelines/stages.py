@@ -59,6 +59,7 @@ PIXEL_SCHEMA = pa.schema(
         pa.field("worker", pa.string()),
     ]
 )
+_PIXELS = ("pixels", "restored")
 
 BLOCK_BYTES = 16 * 2**20  # decoded, from which `fetch` gives a table away: its encoded size does not tell
 _REQUESTS = 8  # under way at once in one task: they wait for the network far more than they compute
@@ -342,9 +343,6 @@ def table_of(rows: Sequence[Row]) -> pa.Table:
         column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers)
         plain = plain.set_column(plain.schema.get_field_index(name), PIXEL_SCHEMA.field(name), column)
     return plain
-
-
-_PIXELS = ("pixels", "restored")
 
 
 def rows_of(batch: pa.Table) -> Iterable[Row]:

@@ -41,7 +41,7 @@ def write_submission(run: str, form: Literal["csv", "mat"]) -> tuple[str, int]:
             f"{images.url()} does not hold whole images of {_BLOCKS} blocks, 0000_00.png and on: "
             + (f"{', '.join(gone)} missing" if gone else f"{len(keys)} files")
         )
-    blocks = _Blocks(images, keys)
+    blocks = _Decoded(images, keys)
     place = _NAMES[form]
     store.write(place, _csv(blocks) if form == "csv" else _mat(blocks))
     again = _read_csv(store, place) if form == "csv" else _read_mat(store, place)
@@ -50,7 +50,7 @@ def write_submission(run: str, form: Literal["csv", "mat"]) -> tuple[str, int]:
     return store.url(place), len(keys)
 
 
-class _Blocks:
+class _Decoded:
     """The blocks in order, decoded one by one; `digests` are of those that went by."""
 
     def __init__(self, images: Store, keys: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ def _digest(block: Pixels | bytes) -> bytes:
     return hashlib.sha256(block if isinstance(block, bytes) else block.tobytes()).digest()
 
 
-def _csv(blocks: _Blocks) -> bytes:
+def _csv(blocks: _Decoded) -> bytes:
     file = io.BytesIO()
     file.write(b"ID,BLOCK\n")
     for number, block in enumerate(blocks):
@@ -92,7 +92,7 @@ def _read_csv(store: Store, place: str) -> Iterator[bytes]:
             yield base64.b64decode(block)
 
 
-def _mat(blocks: _Blocks) -> bytes:
+def _mat(blocks: _Decoded) -> bytes:
     array: Pixels = np.empty((len(blocks), *blocks.shape), np.uint8)
     for number, block in enumerate(blocks):
         array[number] = block

@@ -99,7 +99,7 @@ def test_a_form_shows_descriptions_choices_bounds_and_defaults() -> None:
     assert (shown["gpus_per_actor"]["minimum"], shown["halo"]["default"]) == (0, 192)
 
 
-def test_the_wheel_alone_runs_a_flow(wheel: str, tmp_path: Path) -> None:
+def test_the_wheel_alone_holds_what_a_worker_needs(wheel: str, tmp_path: Path) -> None:
     """As on a worker without a checkout: what a deployment names comes from the package, with all that it reads."""
     place = tmp_path / "packages"
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", place, wheel)

@@ -123,6 +123,11 @@ def test_impossible_sets_are_refused(tmp_path: Path) -> None:
 # Looking for a data set, and at it
 
 
+def test_a_folder_may_be_called_like_a_pattern(tmp_path: Path) -> None:
+    place = make("gopro", tmp_path / "[old] * ?", images=1, size=SIZE)
+    assert datasets.find("gopro", str(place)).layout == "tree of sequences"
+
+
 def test_what_is_not_there_is_said_with_what_is(tmp_path: Path) -> None:
     make("reds", tmp_path / "set", images=2, size=SIZE)
     with pytest.raises(StorageError, match=r"no gopro data set at .*There is: val\. That looks like reds"):
