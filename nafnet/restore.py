@@ -19,7 +19,6 @@ from nafnet.memory import DTYPES, available_bytes, is_out_of_memory, process_byt
 from nafnet.metrics import data_range_of, quantize
 from nafnet.model import Network, parameters
 from nafnet.recipe import Precision, Recipe, Step, Tile
-from nafnet.strips import StripNetwork
 from nafnet.tiling import Tile as Piece
 from nafnet.tiling import least_tile, plan_tiles, restore_tiles
 from nafnet.tlc import localize, windows
@@ -260,6 +259,8 @@ class Restorer:
     def _ready(self, network: Network, precision: Precision) -> Callable[[Tensor], Tensor]:
         """(H, W, C) float32 on the CPU to the same; on a GPU batches of them, too."""
         if self.device == "cpu":
+            from nafnet.strips import StripNetwork  # noqa: PLC0415 - a compiler, 120 MB that only a CPU's actors need
+
             return StripNetwork(network, DTYPES[precision])
         return DeviceNetwork(network, DTYPES[precision], self.device)
 

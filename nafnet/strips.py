@@ -17,7 +17,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from nafnet.memory import STRIP_BYTES
 from nafnet.model import SIGMAS, Block, LayerNorm2d, NetConfig, Network
-from nafnet.tlc import LocalAvgPool2d, sliding_means
+from nafnet.sliding import mean, sliding_means
+from nafnet.tlc import LocalAvgPool2d
 
 
 class StripNetwork:
@@ -94,8 +95,7 @@ class _Block:
             self._second_walk(x, y, self.conv3, self.window)
             return
         if self.excite:  # one value per channel: folded into the convolution that reads what it scales
-            mean = y.mean((0, 1), dtype=torch.float32).to(y.dtype)[None]
-            weight = self._attention(mean)[0][:, None] * weight
+            weight = self._attention(mean(y).to(y.dtype)[None])[0][:, None] * weight
         self._second_walk(x, y, (bias, weight), None)
 
     def _first_walk(self, x: Tensor, y: Tensor) -> Tensor:

@@ -5,10 +5,6 @@ statistics differ, which costs 0.6 dB on GoPro. TLC replaces the global mean by 
 crop, clipped at the borders. The window depends on the crop and the depth alone, so it is fixed here, once.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-
-import torch
 from torch import Tensor, nn
 
 from nafnet.model import Block, NetConfig, Network
@@ -71,59 +67,17 @@ class LocalAvgPool2d(nn.Module):
         return f"side={self.side}"
 
 
-def sliding_means(x: Tensor, side: int, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-    """`LocalAvgPool2d` of (H, W, C), a few rows at a time, without a map of all means.
-
-    Yields (top, bottom, means) from the first row of the image to the last: float32 means (bottom - top, m, C), or
-    (1, m, C) where all these rows share them, m = max(W - side, 0) + 1. At most `rows` rows are not shared. What is
-    yielded is good until the next is asked for.
-    """
-    height, width, channels = x.shape
-    k = min(side, height)
-    count = height - k + 1
-    before = (height - count) // 2
-    share = 1 / (k * min(side, width))
-    row = x[:k].sum(0, dtype=torch.float32)
-    yield 0, before + 1 if count > 1 else height, _window_sums(row[None], side, dim=1) * share
-    # Fresh memory for what each few rows take would cost more than the sums.
-    sums, *room = torch.empty(3, min(rows, count) * width * channels)
-    for start in range(1, count, rows):
-        stop = min(start + rows, count)
-        changes = _part(sums, (stop - start, width, channels))
-        torch.sub(x[start + k - 1 : stop + k - 1].float(), x[start - 1 : stop - 1].float(), out=changes)
-        last = row
-        for i, change in zip(range(start, stop), changes.unbind(), strict=True):
-            if i % side == 0:  # a fresh sum now and then, or rounding errors of the running one would grow
-                torch.sum(x[i : i + k], 0, dtype=torch.float32, out=change)
-            else:
-                change.add_(last)
-            last = change
-        row.copy_(last)
-        means = _window_sums(changes, side, dim=1, room=room).mul_(share)
-        yield before + start, before + stop, means
-    if count > 1:
-        yield before + count, height, means[-1:]
-
-
-def _window_sums(x: Tensor, side: int, *, dim: int, room: Sequence[Tensor] = ()) -> Tensor:
-    """Sums over every `side` neighbours along `dim`: by doubling, so that rounding errors do not add up.
-
-    `room` is two pieces of memory, each for as many numbers as x has; without it new memory is taken at each step.
-    """
+def _window_sums(x: Tensor, side: int, *, dim: int) -> Tensor:
+    """Sums over every `side` neighbours along `dim`: by doubling, so that rounding errors do not add up."""
     n = x.shape[dim]
     if side >= n:
         return x.sum(dim, keepdim=True)
     sums, length = x, 1
-    for step, bit in enumerate(f"{side:b}"[1:]):
+    for bit in f"{side:b}"[1:]:
         left = n - 2 * length + 1
-        near, far = sums.narrow(dim, 0, left), sums.narrow(dim, length, left)
-        sums = torch.add(near, far, out=_part(room[step % 2], near.shape)) if room else near + far
+        sums = sums.narrow(dim, 0, left) + sums.narrow(dim, length, left)
         length *= 2
         if bit == "1":
             sums = sums.narrow(dim, 0, n - length).add_(x.narrow(dim, length, n - length))
             length += 1
     return sums
-
-
-def _part(memory: Tensor, shape: Sequence[int]) -> Tensor:
-    return memory[: math.prod(shape)].view(shape)

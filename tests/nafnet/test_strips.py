@@ -12,7 +12,7 @@ from nafnet import strips
 from nafnet.device import DeviceNetwork
 from nafnet.model import NetConfig, Network
 from nafnet.strips import StripNetwork
-from nafnet.tlc import localize, sliding_means
+from nafnet.tlc import localize
 from tests.nafnet import reference
 
 GOPRO = {"enc_blocks": (1, 1, 1, 28), "middle_blocks": 1, "dec_blocks": (1, 1, 1, 1)}
@@ -135,35 +135,3 @@ def test_low_precision(dtype):
     close = StripNetwork(network, dtype)(image[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
     assert close.dtype == torch.float32
     assert 1e-6 < float((close - exact).abs().max()) < 0.1
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5, 50])
-@pytest.mark.parametrize("side", [1, 3, 8, 13, 14, 20, 40])
-@pytest.mark.parametrize("size", [(13, 20), (20, 13), (1, 9), (9, 1), (8, 8)], ids=str)
-def test_sliding_means_are_the_windows_means(size, side, rows):
-    x = torch.rand(*size, 3, generator=torch.Generator().manual_seed(1))
-    right = reference.mean(x.permute(2, 0, 1)[None].double(), side)[0].permute(1, 2, 0)
-    bottom = 0
-    for start, stop, means in sliding_means(x, side, rows):
-        assert start == bottom
-        assert means.shape[0] in (1, stop - start)
-        left = (size[1] - means.shape[1]) // 2
-        inner = right[start:stop, left : left + means.shape[1]] if means.shape[1] > 1 else right[start:stop, :1]
-        torch.testing.assert_close(means.expand(inner.shape).double(), inner, atol=1e-6, rtol=0)
-        bottom = stop
-    assert bottom == size[0]
-
-
-def test_sums_of_a_large_float16_map_do_not_overflow():
-    x = torch.full((600, 700, 1), 8.0, dtype=torch.float16)
-    for _, _, means in sliding_means(x, 400, 16):
-        assert float((means - 8).abs().max()) < 1e-5
-
-
-def test_long_running_sums_stay_exact():
-    """A running sum that was never made anew would carry the rounding errors of 5000 rows."""
-    x = torch.rand(5000, 3, 4, generator=torch.Generator().manual_seed(0)) + 100
-    right = x.double().unfold(0, 24, 1).mean(-1)
-    means = torch.cat([means.expand(stop - start, -1, -1).clone() for start, stop, means in sliding_means(x, 24, 16)])
-    inner = means[11 : 11 + len(right)].double()
-    torch.testing.assert_close(inner, right.mean(1, keepdim=True), atol=6e-5, rtol=0)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nafnet.model import NetConfig, Network, spread
-from nafnet.tlc import LocalAvgPool2d, localize, sliding_means, windows
+from nafnet.sliding import sliding_means
+from nafnet.tlc import LocalAvgPool2d, localize, windows
 from tests.nafnet import reference
 
 PUBLISHED = NetConfig(width=4, enc_blocks=(1, 1, 1, 2), middle_blocks=1, dec_blocks=(1, 1, 1, 1))
