@@ -6,12 +6,14 @@ import logging
 import math
 import os
 import shlex
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
@@ -33,6 +35,13 @@ _REST = 3  # times as long as looking took: listings grow with the report
 _ANSWER_SECONDS = 120  # for one request, of which the longest sends the package
 _PATIENCE_SECONDS = 60.0  # with a cluster that does not answer
 _STOP_SECONDS = 25.0  # Ray kills a driver that has not ended 3 s after it was asked to
+# What sees a run's process die, and stops its job: bare Python until then. It is told the address and the job.
+_WATCH = """
+import sys
+if not sys.stdin.read():
+    from pipelines import remote
+    remote._stop(remote._client(sys.argv[1]), sys.argv[2])
+"""
 _FLOW_RUN, _OUTPUT = "nafnet_flow_run", "nafnet_output"  # in a job's metadata
 
 
@@ -87,7 +96,7 @@ def run(
     command = ["python", "-c", "from pipelines.driver import main; main()", output.url(), key]
     with _answering():
         job = _free_id(client, owner)
-    try:
+    with _stopped_with_this_process(client, address, job):
         with _unpacked(wheel) as modules, _answering():
             client.submit_job(
                 entrypoint=shlex.join([*command, storage] if storage else command),
@@ -108,9 +117,6 @@ def run(
             if time.monotonic() > deadline:
                 raise TimeLimit(TIME_IS_UP)
             time.sleep(max(_POLL_SECONDS, _REST * (time.monotonic() - looked)))
-    except BaseException:
-        _stop(client, job)
-        raise
     with _answering():
         return _result(client, job, output, key)
 
@@ -190,6 +196,29 @@ def _free_id(client: JobSubmissionClient, owner: Owner) -> str:
     name = f"restore-{owner.flow_run}"
     numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
     return next(one for one in (name, *numbered) if one not in taken)
+
+
+@contextmanager
+def _stopped_with_this_process(client: JobSubmissionClient, address: str, job: str) -> Iterator[None]:
+    """Stop the job when an error ends the block, or when this process is killed: as Prefect does with a terminated
+    worker's runs, which then have no moment left. Another process sees that, since their pipe is closed.
+    """
+    # It uses nothing that may go with this one: a group that signals are sent to, a folder, somebody who reads.
+    with Popen(  # noqa: S603
+        [sys.executable, "-c", _WATCH, address, job],
+        stdin=PIPE,
+        stdout=DEVNULL,
+        stderr=DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    ) as watch:
+        try:
+            yield
+        except BaseException:
+            _stop(client, job)
+            raise
+        finally:
+            watch.communicate(b"over")
 
 
 @contextmanager

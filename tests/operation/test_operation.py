@@ -326,21 +326,27 @@ def events(console: Console) -> set[str]:
         return {event["event"] for event in json.loads(answer.read())["events"]}
 
 
+@pytest.mark.parametrize("submitted", [False, True], ids=["joined", "submitted"])
 def test_a_worker_that_is_terminated_leaves_nothing_running_and_its_run_goes_on(
-    console: Console, client: SyncPrefectClient, whole: Whole
+    console: Console, client: SyncPrefectClient, whole: Whole, submitted: bool
 ) -> None:
-    ending = {"checkpoint": "demo", "output": "s3://nafnet/restored/ending"}
+    output = f"ending-{submitted}"
+    ending = {"checkpoint": "demo", "output": f"s3://nafnet/restored/{output}"}
+    if submitted:
+        ending["ray_address"] = jobs_address(console)
     run = start(client, "restore/gopro", **ending)
-    begun(console, "ending")
+    begun(console, output)
     os.kill(console.pids["worker"][0], signal.SIGTERM)
+    if submitted:
+        until(lambda: jobs(console)[f"restore-{run}"] == "STOPPED", IDLE_SECONDS)
     idle(console)
     until(lambda: not console.running("worker"), IDLE_SECONDS)
-    assert not processes_of(run)
-    assert len(rows(console, "ending")) < 8
+    until(lambda: not processes_of(run), IDLE_SECONDS)
+    assert len(rows(console, output)) < 8
     client.set_flow_run_state(run, Crashed(message="its worker is gone"), force=True)  # or wait five minutes
     consoles.worker(console)
     complete(client, start(client, "restore/gopro", **ending))
-    assert rows(console, "ending") == whole[1]
+    assert rows(console, output) == whole[1]
 
 
 def test_what_stops_is_gone(console: Console) -> None:
