@@ -76,8 +76,8 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _float32(number: Any) -> Any:
-    """One of `_Numbers`, in a compiled loop."""
-    raise NotImplementedError
+    """One of `_Numbers`, in a compiled loop: a name for what `_to_float32` puts there."""
+    raise NotImplementedError  # outside a compiled loop a number does not tell which of the three it is
 
 
 @overload(_float32)
@@ -125,8 +125,8 @@ def _slide(
                 for c in range(channels):
                     sums[c] += column[c]
             else:
-                behind, mean = columns[first], means[row, first]
+                behind, result = columns[first], means[row, first]
                 for c in range(channels):
                     total = sums[c] + column[c]
-                    mean[c] = total * share
+                    result[c] = total * share
                     sums[c] = total - behind[c]

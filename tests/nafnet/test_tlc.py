@@ -49,7 +49,7 @@ def test_local_means_equal_windows_averaged_one_by_one(height, width, side):
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 70), st.integers(1, 20))
 def test_windows_of_any_side_on_images_of_any_size(height, width, side, rows):
-    """Both ways of taking the means, which share nothing but the sums along rows."""
+    """Both ways of taking the means, which share nothing."""
     x = numbers(1, 2, height, width, seed=height * width)
     right = reference.mean(x.double(), side)
     torch.testing.assert_close(local_means(x, side).double(), right, atol=1e-6, rtol=0)
