@@ -17,7 +17,7 @@ from nafnet.recipe import Precision
 # Sides of tiles in px that "auto", and running out of memory, choose from: fixed, so that runs can be compared.
 LADDER = (4096, 3072, 2048, 1536, 1024, 768, 640, 512)
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
-STRIP_BYTES = 2**21  # of the widest map in a strip of `nafnet.strips`, for each thread
+STRIP_BYTES = 2**22  # of the widest map in a strip of `nafnet.strips`, for each thread
 
 _LIBRARIES_BYTES = 500 * 2**20  # a process that has imported torch and Ray and compiled loops, but restored nothing
 _STRIP_MAPS = 6  # of at most STRIP_BYTES a thread, alive at once

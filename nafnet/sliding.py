@@ -1,132 +1,254 @@
-"""Means over a window that slides over an image: what TLC asks for at every pixel, in one pass on the CPU.
+"""Means over a window that slides over an image, as TLC asks for at every pixel, and products with them, on the CPU.
 
 A running sum takes one addition and one subtraction a pixel, but each step waits for the one before. With the channels
 side by side there are as many sums to run as channels, and a compiled loop does a vector of them at a time. Written as
 operations on whole maps the same takes a dozen passes over memory, which cost more than the arithmetic.
 """
 
-from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit, types
+from numba import carray, types
 from numba.extending import overload
 from torch import Tensor
 
-_Numbers = npt.NDArray[Any]  # float32 as it is, bfloat16 as uint16, float16 as int16
-_Sums = npt.NDArray[np.float64]  # running for as long as the image is: in float32 they would gather rounding errors
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+from nafnet.team import SIZES, Loop, take, threads
+
+_Numbers = npt.NDArray[Any]
+# Sums run for as long as the image is, so they are kept with more than twice the digits of what is summed: rounding
+# errors that gather in them stay below its last digit. bfloat16 is given to the loops as uint16, its bits.
+_SUMS: dict[Any, Any] = {np.dtype(np.float32): np.dtype(np.float64), np.dtype(np.uint16): np.dtype(np.float32)}
+_ROWS = 64  # summed at once, so that a copy of float16 as float32 stays small
 
 
-def sliding_means(x: Tensor, side: int, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-    """`nafnet.tlc.LocalAvgPool2d` of (H, W, C), a few rows at a time, without a map of all means.
+class SlidingMeans:
+    """`nafnet.tlc.LocalAvgPool2d` of (H, W, C) in memory order, a few rows after another, without a map of all means.
 
-    Yields (top, bottom, means) from the first row of the image to the last: float32 means (bottom - top, m, C), or
-    (1, m, C) where all these rows share them, m = max(W - side, 0) + 1. At most `rows` rows are not shared. What is
-    yielded is good until the next is asked for.
+    Attributes:
+        count: rows of windows, max(H - side, 0) + 1.
+        columns: windows in a row, max(W - side, 0) + 1.
+        before: rows of the image above the one at the middle of the first window; they have the same means as that.
     """
-    height, width, channels = x.shape
-    tall, wide = min(side, height), min(side, width)
-    count, m = height - tall + 1, width - wide + 1
-    before = (height - count) // 2
-    if count == m == 1:
-        yield 0, height, mean(x)[None, None]
-        return
-    share = 1 / (tall * wide)
-    numbers = _numbers(x)
-    means = np.empty((min(rows, count), m, channels), np.float32)
-    columns = _sums_of_columns(numbers[: tall - 1])
-    # The window comes down to the first row from above the image: from zeros.
-    _slide(numbers[tall - 1 : tall], np.zeros_like(numbers[:1]), columns, wide, share, means[:1])
-    yield 0, before + 1 if count > 1 else height, torch.from_numpy(means[:1])
-    for start in range(1, count, rows):
-        stop = min(start + rows, count)
-        enters, leaves = numbers[start + tall - 1 : stop + tall - 1], numbers[start - 1 : stop - 1]
-        _slide(enters, leaves, columns, wide, share, means[: stop - start])
-        yield before + start, before + stop, torch.from_numpy(means[: stop - start])
-    if 1 < count < height:
-        yield before + count, height, torch.from_numpy(means[stop - start - 1 : stop - start])
+
+    def __init__(self, x: Tensor, side: int, rows: int) -> None:
+        """At most `rows` rows of windows will be asked for at once."""
+        height, width, channels = x.shape
+        self._x, self._tall, wide = x, min(side, height), min(side, width)
+        self.count, self.columns = height - self._tall + 1, width - wide + 1
+        self.before = (height - self.count) // 2
+        self._done = 0
+        self._means = x.new_empty(rows, self.columns, channels, dtype=_computed(x.dtype))
+        self._share = np.array([1 / (self._tall * wide)])
+        sums = _sums_of_columns(x[: self._tall])
+        # Each part has the columns of its windows to itself: memory that two cores write goes to and fro between them.
+        self._parts = threads(self.columns)
+        most = -(-self.columns // self._parts) + wide - 1
+        self._sums = np.empty((self._parts, most, channels), sums.dtype)
+        for part in range(self._parts):
+            first, last = (k * self.columns // self._parts for k in (part, part + 1))
+            self._sums[part, : last - first + wide - 1] = sums[first : last + wide - 1]
+
+    def next_rows(self, rows: int) -> Tensor:
+        """Means (rows, columns, C) in x's dtype, good until the next are asked for."""
+        start, stop = self._done, self._done + rows
+        if start == 0:  # the window is where the first row wants it: what enters and what leaves are the same
+            self._slide(self._x[:1], self._x[:1], self._means[:1])
+            start = 1
+        if start < stop:
+            enters, leaves = self._x[start + self._tall - 1 : stop + self._tall - 1], self._x[start - 1 : stop - 1]
+            self._slide(enters, leaves, self._means[start - self._done : rows])
+        self._done = stop
+        return self._means[:rows].to(self._x.dtype)
+
+    def _slide(self, enters: Tensor, leaves: Tensor, means: Tensor) -> None:
+        new, old = _numbers(enters), _numbers(leaves)
+        sizes = self._parts, *new.shape, self.columns, self._sums.shape[1]
+        _slide(new.dtype)(sizes, new, old, self._sums, self._share, _numbers(means))
 
 
 def mean(x: Tensor) -> Tensor:
     """Of each channel of (H, W, C), in float32."""
-    return (torch.from_numpy(_sums_of_columns(_numbers(x))).mean(0) / len(x)).float()
+    height, width, _ = x.shape
+    return torch.from_numpy(_sums_of_columns(x).sum(0, dtype=np.float64) / (height * width)).float()
+
+
+def times(y: Tensor, scale: Tensor, shift: int, out: Tensor) -> Tensor:
+    """y (h, w, C) times scale (n, m, C), which is spread over it as `nafnet.model.spread` says.
+
+    Row i has scale i + `shift`, or the first or the last.
+    """
+    wide = _computed(y.dtype)
+    if y.dtype != wide:
+        return out.copy_(times(y.to(wide), scale.to(wide), shift, torch.empty_like(y, dtype=wide)))
+    height, width, channels = y.shape
+    numbers = _numbers(y)
+    sizes = threads(height), height, width, channels, *scale.shape[:2], shift
+    _times(numbers.dtype)(sizes, numbers, _numbers(scale), _numbers(out))
+    return out
+
+
+def _sums_of_columns(x: Tensor) -> npt.NDArray[Any]:
+    """(h, W, C) to (W, C)."""
+    sums: npt.NDArray[Any] = np.zeros(x.shape[1:], _SUMS[_numbers(x[:0]).dtype])
+    for rows in x.split(_ROWS):  # type: ignore[no-untyped-call]
+        numbers = _numbers(rows)
+        _add_rows(numbers.dtype)((threads(len(sums)), len(numbers), sums.size), numbers, sums)
+    return sums
+
+
+def _computed(dtype: torch.dtype) -> torch.dtype:
+    """What the loops know: float32 and bfloat16. float16 passes through them as float32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _numbers(x: Tensor) -> _Numbers:
-    bits = _BITS.get(x.dtype)
-    return (x if bits is None else x.view(bits)).numpy()
-
-
-def _sums_of_columns(x: _Numbers) -> _Sums:
-    """(h, W, C) to (W, C)."""
-    columns = np.zeros(x.shape[1:], np.float64)
-    _add_rows(x, columns)
-    return columns
-
-
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiled when first called, and kept on disk: beside this file, else in the user's cache (NUMBA_CACHE_DIR)."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to write to: each process compiles for itself, about a second
-        return njit(nogil=True)(function)
+    """x as the loops take it: its own memory where they know its dtype."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x.float()).numpy()
 
 
 def _float32(number: Any) -> Any:
     """One of `_Numbers`, in a compiled loop: a name for what `_to_float32` puts there."""
-    raise NotImplementedError  # outside a compiled loop a number does not tell which of the three it is
+    raise NotImplementedError  # outside a compiled loop a number does not tell which of the two it is
 
 
 @overload(_float32)
 def _to_float32(number):  # type: ignore[no-untyped-def] # numba compares these signatures
     if isinstance(number, types.Float):
         return lambda number: number
-    if number == types.uint16:  # bfloat16 is the upper half of a float32
-        return lambda number: np.uint32(np.uint32(number) << 16).view(np.float32)
-
-    # float16: its sign, exponent (biased by 15) and fraction are put in their places in a float32 (biased by 127).
-    # Infinity becomes 65536: what is infinite in x shows wherever x itself is used.
-    factor = np.float32(2.0 ** (127 - 15))
-    return lambda number: np.uint32((number & 0x8000) << 16 | (number & 0x7FFF) << 13).view(np.float32) * factor
+    return lambda number: np.uint32(np.uint32(number) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
 
 
-@_compiled
-def _add_rows(x: _Numbers, columns: _Sums) -> None:
-    """Add (h, W, C) to (W, C)."""
-    for row in range(x.shape[0]):
-        for i in range(x.shape[1]):
-            pixel, column = x[row, i], columns[i]
-            for c in range(x.shape[2]):
-                column[c] += _float32(pixel[c])
+def _put(out: Any, i: int, value: Any) -> None:
+    """out[i] = value rounded to one of `_Numbers`, in a compiled loop: a name for what `_rounded` puts there."""
+    raise NotImplementedError
 
 
-@_compiled
-def _slide(
-    enters: _Numbers, leaves: _Numbers, columns: _Sums, side: int, share: float, means: npt.NDArray[np.float32]
-) -> None:
-    """Move the window down by a row for each row of `means` (h, m, C): `share` times the sums over the window.
+@overload(_put)
+def _rounded(out, i, value):  # type: ignore[no-untyped-def] # noqa: ARG001 - numba compares these signatures
+    if isinstance(out.dtype, types.Float):
 
-    `columns` (W, C) holds each column's sum over the window's rows. A step adds a row of `enters` (h, W, C) to it and
-    takes one of `leaves` away.
+        def keep(out, i, value):  # type: ignore[no-untyped-def]
+            out[i] = value
+
+        return keep
+
+    def round_half_to_even(out, i, value):  # type: ignore[no-untyped-def]
+        bits = np.float32(value).view(np.uint32)
+        out[i] = np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+
+    return round_half_to_even
+
+
+@cache
+def _add_rows(number: np.dtype[Any]) -> Loop:
+    """Adds the rows of (h, n) to sums (n,)."""
+    of_sums = _SUMS[number]
+    wide = of_sums.type
+
+    def loop(call: Any) -> None:
+        sizes = carray(call[1], (SIZES,), np.int64)
+        parts, height, size = sizes[0], sizes[1], sizes[2]
+        x = carray(call[2], (height, size), number)
+        sums = carray(call[3], (size,), of_sums)
+        while True:
+            part = take(call[0])
+            if part >= parts:
+                break
+            start, stop = part * size // parts, (part + 1) * size // parts
+            mine = sums[start:stop]
+            fours = height - height % 4
+            for row in range(0, fours, 4):  # four at once: the sums come from further than the numbers
+                a, b = x[row, start:stop], x[row + 1, start:stop]
+                c, d = x[row + 2, start:stop], x[row + 3, start:stop]
+                for i in range(stop - start):
+                    two = wide(_float32(a[i])) + wide(_float32(b[i]))
+                    mine[i] += two + (wide(_float32(c[i])) + wide(_float32(d[i])))
+            for row in range(fours, height):
+                a = x[row, start:stop]
+                for i in range(stop - start):
+                    mine[i] += wide(_float32(a[i]))
+
+    return Loop(loop)
+
+
+@cache
+def _slide(number: np.dtype[Any]) -> Loop:
+    """Moves the window down by a row for each row of means (h, m, C): `share` times the sums over the window.
+
+    A part goes along some of the windows in a row. Its sums are those over the window's rows, of each column that these
+    windows reach. A step adds a row of enters (h, W, C) to them and takes one of leaves away.
     """
-    _, width, channels = enters.shape
-    sums = np.empty(channels)
-    for row in range(enters.shape[0]):
-        sums[:] = 0
-        for i in range(width):
-            new, old, column = enters[row, i], leaves[row, i], columns[i]
-            for c in range(channels):
-                column[c] = column[c] + _float32(new[c]) - _float32(old[c])
-            first = i - side + 1
-            if first < 0:
-                for c in range(channels):
-                    sums[c] += column[c]
-            else:
-                behind, result = columns[first], means[row, first]
-                for c in range(channels):
-                    total = sums[c] + column[c]
-                    result[c] = total * share
-                    sums[c] = total - behind[c]
+    of_sums = _SUMS[number]
+    wide = of_sums.type
+
+    def loop(call: Any) -> None:
+        sizes = carray(call[1], (SIZES,), np.int64)
+        parts, height, width, channels, m, most = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
+        enters = carray(call[2], (height, width, channels), number)
+        leaves = carray(call[3], (height, width, channels), number)
+        of_parts = carray(call[4], (parts, most, channels), of_sums)
+        share = wide(carray(call[5], (1,), np.float64)[0])
+        means = carray(call[6], (height, m, channels), number)
+        side = width - m + 1
+        window = np.empty(channels, of_sums)
+        while True:
+            part = take(call[0])
+            if part >= parts:
+                break
+            start, stop = part * m // parts, (part + 1) * m // parts
+            columns = of_parts[part]
+            for row in range(height):
+                window[:] = 0
+                for i in range(start, stop + side - 1):
+                    new, old, column = enters[row, i], leaves[row, i], columns[i - start]
+                    for c in range(channels):  # not in one with the next: over so many arrays it is not vectorized
+                        column[c] += wide(_float32(new[c])) - wide(_float32(old[c]))
+                    first = i - side + 1
+                    if first < start:
+                        for c in range(channels):
+                            window[c] += column[c]
+                    else:
+                        behind, result = columns[first - start], means[row, first]
+                        for c in range(channels):
+                            total = window[c] + column[c]
+                            _put(result, c, total * share)
+                            window[c] = total - behind[c]
+
+    return Loop(loop)
+
+
+@cache
+def _times(number: np.dtype[Any]) -> Loop:
+    """See `times`."""
+
+    def loop(call: Any) -> None:
+        sizes = carray(call[1], (SIZES,), np.int64)
+        parts, height, width, channels = sizes[0], sizes[1], sizes[2], sizes[3]
+        rows, m, shift = sizes[4], sizes[5], sizes[6]
+        y = carray(call[2], (height, width, channels), number)
+        scale = carray(call[3], (rows, m * channels), number)
+        out = carray(call[4], (height, width, channels), number)
+        left = (width - m) // 2
+        while True:
+            part = take(call[0])
+            if part >= parts:
+                break
+            for row in range(part * height // parts, (part + 1) * height // parts):
+                of_row = scale[min(max(row + shift, 0), rows - 1)]
+                for i in range(left):
+                    a, b = y[row, i], out[row, i]
+                    for c in range(channels):
+                        _put(b, c, _float32(a[c]) * _float32(of_row[c]))
+                a, b = y[row, left : left + m].reshape(m * channels), out[row, left : left + m].reshape(m * channels)
+                for c in range(m * channels):
+                    _put(b, c, _float32(a[c]) * _float32(of_row[c]))
+                last = of_row[(m - 1) * channels :]
+                for i in range(left + m, width):
+                    a, b = y[row, i], out[row, i]
+                    for c in range(channels):
+                        _put(b, c, _float32(a[c]) * _float32(last[c]))
+
+    return Loop(loop)

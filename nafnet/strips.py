@@ -7,8 +7,7 @@ that the first made possible, goes from there to its output, in place. What is c
 and shift, the residual's) is folded into the neighbouring 1x1 convolutions, and those are matrix products.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from nafnet.memory import STRIP_BYTES
 from nafnet.model import SIGMAS, Block, LayerNorm2d, NetConfig, Network
-from nafnet.sliding import mean, sliding_means
+from nafnet.sliding import SlidingMeans, mean, times
 from nafnet.tlc import LocalAvgPool2d
 
 
@@ -79,10 +78,10 @@ class _Block:
         self.activation, self.sigma = block.activation, SIGMAS[block.sigma]
         attention = block.sca or block.se
         self.window: int | None = None
-        self.excite: list[Callable[[Tensor], Tensor]] = []
+        self.excite: list[tuple[Tensor, Tensor]] = []
         if attention is not None:
             pool, *layers = attention
-            self.excite = [_linear(layer, dtype) for layer in layers]
+            self.excite = [_linear(layer, dtype) for layer in layers if isinstance(layer, nn.Conv2d)]
             self.window = pool.side if isinstance(pool, LocalAvgPool2d) else None
 
     def __call__(self, x: Tensor, space: Tensor) -> None:
@@ -91,11 +90,13 @@ class _Block:
         inner = self.conv3[1].shape[0]
         y = self._first_walk(x, space[: height * width * inner].view(height, width, inner))
         bias, weight = self.conv3
-        if self.window is not None:
+        if self.window is not None and self.window < max(height, width):
             self._second_walk(x, y, self.conv3, self.window)
             return
         if self.excite:  # one value per channel: folded into the convolution that reads what it scales
-            weight = self._attention(mean(y).to(y.dtype)[None])[0][:, None] * weight
+            scale = y.new_empty(1, inner)
+            self._attention(mean(y).to(y.dtype)[None], scale)
+            weight = scale.view(inner, 1) * weight
         self._second_walk(x, y, (bias, weight), None)
 
     def _first_walk(self, x: Tensor, y: Tensor) -> Tensor:
@@ -129,32 +130,45 @@ class _Block:
         rows = min(_rows(width * max(wide, y.shape[2]) * x.element_size()), height)
         scaled, widened = x.new_empty(rows, width, y.shape[2]), x.new_empty(rows, width, wide)
         gated = x.new_empty(rows, width, inner)
-        for top, bottom, scale in self._scales(y, window, rows):
+        for top, bottom, scale, shift in self._scales(y, window, rows):
             count = bottom - top
             strip, z = x[top:bottom], y[top:bottom]
             if scale is not None:
-                z = _times(z, scale, scaled[:count])
+                z = times(z, scale, shift, scaled[:count])
             _add_product(strip, conv3, z)
             _product(self.conv4, self._norm(strip, 1), widened[:count])
             self._activate(widened[:count], gated[:count])
             _add_product(strip, self.conv5, gated[:count])
 
-    def _scales(self, y: Tensor, window: int | None, rows: int) -> Iterator[tuple[int, int, Tensor | None]]:
-        """Strips of at most `rows` rows, with their attention: (1 or rows, columns, inner)."""
+    def _scales(self, y: Tensor, window: int | None, rows: int) -> Iterator[tuple[int, int, Tensor | None, int]]:
+        """Strips of `rows` rows, with their attention and its shift, as `nafnet.sliding.times` takes them."""
+        height, _, inner = y.shape
+        strips = [(top, min(top + rows, height)) for top in range(0, height, rows)]
         if window is None:
-            for top in range(0, y.shape[0], rows):
-                yield top, min(top + rows, y.shape[0]), None
+            for top, bottom in strips:
+                yield top, bottom, None, 0
             return
-        for start, stop, means in sliding_means(y, window, rows):
-            scale = self._attention(means.to(y.dtype).flatten(0, 1)).view(means.shape)
-            for top in range(start, stop, rows):
-                yield top, min(top + rows, stop), scale
+        means = SlidingMeans(y, window, rows)
+        scale = y.new_empty(rows + 1, means.columns, inner)  # its first row is the last that the strip above had
+        done = last = 0  # rows of windows before this strip, and where the last of them is
+        for top, bottom in strips:
+            fresh = min(max(bottom - means.before, 1), means.count) - done
+            if last:
+                scale[0] = scale[last]
+            if fresh:
+                self._attention(means.next_rows(fresh).flatten(0, 1), scale[1 : fresh + 1].flatten(0, 1))
+            oldest = 0 if done else 1
+            yield top, bottom, scale[oldest : fresh + 1], top - means.before - done + 1 - oldest
+            done, last = done + fresh, fresh
 
-    def _attention(self, means: Tensor) -> Tensor:
-        """(n, inner) to (n, inner)."""
-        for layer in self.excite:
-            means = layer(means)
-        return means
+    def _attention(self, means: Tensor, out: Tensor) -> None:
+        """(n, inner) to (n, inner): SCA is one layer; CA is two with a ReLU between them, then a sigmoid."""
+        *before, (bias, weight) = self.excite
+        for layer in before:
+            means = torch.addmm(layer[0], means, layer[1]).relu_()
+        torch.addmm(bias, means, weight, out=out)
+        if before:
+            out.sigmoid_()
 
     def _norm(self, x: Tensor, half: int) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.norms[half] else x
@@ -247,21 +261,6 @@ def _add_product(x: Tensor, layer: tuple[Tensor, Tensor], y: Tensor) -> None:
     x.flatten(0, 1).add_(bias).addmm_(y.flatten(0, 1), weight)
 
 
-def _times(y: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """y (h, w, c) times a scale (1 or h, m, c) whose edges repeat, as `nafnet.model.spread` says."""
-    width, m = y.shape[1], scale.shape[1]
-    if m in (1, width):
-        return torch.mul(y, scale, out=out)
-    left = (width - m) // 2
-    for part, of_scale in (
-        (slice(None, left), slice(None, 1)),
-        (slice(left, left + m), slice(None)),
-        (slice(left + m, None), slice(-1, None)),
-    ):
-        torch.mul(y[:, part], scale[:, of_scale], out=out[:, part])
-    return out
-
-
 def _after_norm(norm: nn.Module, conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Bias and (in, out) weights that do what the norm's scale and shift and then the convolution do."""
     weight, bias = conv.weight[..., 0, 0].double(), cast(Tensor, conv.bias).double()
@@ -278,14 +277,9 @@ def _before_scale(conv: nn.Conv2d, scale: Tensor, dtype: torch.dtype) -> tuple[T
     return _weights(bias * factor, dtype), _weights((weight * factor[:, None]).t(), dtype)
 
 
-def _linear(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """1x1 convolutions as linear layers on pixels; what comes after them works in place."""
-    if isinstance(layer, nn.ReLU):
-        return torch.relu_
-    if not isinstance(layer, nn.Conv2d):
-        return torch.sigmoid_
-    weight, bias = _weights(layer.weight[..., 0, 0], dtype), _weights(cast(Tensor, layer.bias), dtype)
-    return partial(F.linear, weight=weight, bias=bias)
+def _linear(layer: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Bias and (in, out) weights of a 1x1 convolution."""
+    return _weights(cast(Tensor, layer.bias), dtype), _weights(layer.weight[..., 0, 0].t(), dtype)
 
 
 def _weights(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,20 @@
-"""Means over a sliding window against the definition in float64."""
+"""Means over a sliding window, and products with them, against their definitions in float64."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from nafnet.model import spread
-from nafnet.sliding import _compiled, mean, sliding_means
+from nafnet.sliding import SlidingMeans, mean, times
 from tests.nafnet import reference
+
+
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def _threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 def exact(x: Tensor, side: int) -> Tensor:
@@ -15,19 +23,18 @@ def exact(x: Tensor, side: int) -> Tensor:
 
 
 def at_each_pixel(x: Tensor, side: int, rows: int = 16) -> Tensor:
-    """The sliding means, their edges repeated; also that strips follow one another from the first row to the last."""
+    """The sliding means, asked for `rows` at a time, their edges repeated."""
     height, width, _ = x.shape
-    strips, expected_top = [], 0
-    for top, bottom, means in sliding_means(x, side, rows):
-        assert top == expected_top < bottom
-        assert means.dtype == torch.float32
-        assert means.shape[0] in (1, bottom - top)
-        assert means.shape[1] == max(width - side, 0) + 1
-        across = spread(means.permute(2, 0, 1)[None], bottom - top, width)[0].permute(1, 2, 0)
-        strips.append(across.expand(bottom - top, width, -1).clone())
-        expected_top = bottom
-    assert expected_top == height
-    return torch.cat(strips)
+    sliding = SlidingMeans(x, side, rows)
+    assert (sliding.count, sliding.columns) == (max(height - side, 0) + 1, max(width - side, 0) + 1)
+    parts = []
+    for start in range(0, sliding.count, rows):
+        means = sliding.next_rows(min(rows, sliding.count - start))
+        assert means.dtype == x.dtype
+        parts.append(means.float().clone())
+    means = torch.cat(parts)
+    ones = torch.ones(height, width, x.shape[2])
+    return times(ones, means, -sliding.before, torch.empty_like(ones))
 
 
 def worst(x: Tensor, side: int, rows: int = 16) -> float:
@@ -39,6 +46,7 @@ def noise(*size: int) -> Tensor:
     return torch.rand(*size, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("rows", [1, 2, 5, 50])
 @pytest.mark.parametrize("side", [1, 3, 8, 13, 14, 20, 40])
 @pytest.mark.parametrize("size", [(13, 20), (20, 13), (1, 9), (9, 1), (8, 8)], ids=str)
@@ -46,28 +54,37 @@ def test_sliding_means_are_the_windows_means(size, side, rows):
     assert worst(noise(*size, 3), side, rows) < 1e-7
 
 
+@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("side", [5, 30])
-def test_half_precision_is_summed_exactly(dtype, side):
-    x = (noise(24, 29, 5) - 0.3).to(dtype)
-    assert worst(x, side, rows=3) < 1e-7
+def test_half_precision_is_summed_exactly_and_rounded_once(dtype, side):
+    x = (noise(150, 29, 5) - 0.3).to(dtype)
+    right = exact(x, side)
+    half_a_step = right.abs() * torch.finfo(dtype).eps / 2
+    assert ((at_each_pixel(x, side, rows=3) - right).abs() <= half_a_step + 1e-7).all()
     torch.testing.assert_close(mean(x).double(), x.double().mean((0, 1)), atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_finite_number_of_half_precision_is_read_right(dtype):
+def test_every_finite_number_of_half_precision_is_read_and_written_right(dtype):
     """Zeros of both signs and numbers too small for a normal exponent too."""
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-    x = x[x.isfinite()]
-    read = mean(x[None, None]).to(dtype)
-    assert torch.equal(read, x)
+    x = x[x.isfinite()][None, None]
+    assert torch.equal(mean(x).to(dtype), x[0, 0])
+    assert torch.equal(SlidingMeans(x, 1, 1).next_rows(1), x)
+    for factor in (1, -0.75, 1.0078125):  # nothing to round, then halves and more
+        scale = torch.full_like(x, factor)
+        assert torch.equal(times(x, scale, 0, torch.empty_like(x)), x * scale)
 
 
-def test_what_is_not_finite_in_half_precision():
-    infinite = torch.tensor([[[float("inf")]]])
-    assert mean(infinite.bfloat16()).isinf()
-    assert mean(infinite.half()) == 65536  # beyond what float16 can hold, so the mean in float16 is infinite again
-    assert mean(infinite.half()).half().isinf()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_not_finite_stays_so(dtype):
+    infinite = torch.tensor([[[float("inf"), -float("inf"), float("nan")]]]).to(dtype)
+    made = times(infinite, torch.ones_like(infinite), 0, torch.empty_like(infinite))
+    for values in (mean(infinite), made[0, 0]):
+        assert values[0] == float("inf")
+        assert values[1] == -float("inf")
+        assert values[2].isnan()
 
 
 def test_sums_of_a_large_float16_map_do_not_overflow():
@@ -76,8 +93,11 @@ def test_sums_of_a_large_float16_map_do_not_overflow():
 
 @pytest.mark.parametrize("size", [(5000, 3, 4), (3, 5000, 4)], ids=str)
 def test_long_running_sums_stay_exact(size):
-    """In float32 they would carry the rounding errors of 5000 steps."""
-    assert worst(noise(*size) + 100, 24) < 100 * 2**-24
+    """In float32 they would carry the rounding errors of 5000 steps; those of bfloat16 may, below its last digit."""
+    x = noise(*size) + 100
+    assert worst(x, 24) < 100 * 2**-24
+    coarse = x.bfloat16()
+    assert worst(coarse, 24) < 100 * 2**-9 * 1.01
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -91,10 +111,14 @@ def test_what_the_window_has_left_behind_leaves_no_trace(turned):
     assert error[40:].max() < 1e-6
 
 
-def test_where_nothing_can_be_written_each_process_compiles_for_itself():
-    """A function that came from no file has no place for a cache, like a package that nobody may write beside."""
-    space: dict = {}
-    exec("def fill(x):\n    x[:] = 7", space)  # noqa: S102
-    x = torch.zeros(3)
-    _compiled(space["fill"])(x.numpy())
-    assert x.tolist() == [7, 7, 7]
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (4, 1), (9, 5), (6, 11)])
+@pytest.mark.parametrize("shift", [-20, -3, 0, 2, 20])
+def test_times_repeats_the_edges_of_the_scale(columns, rows, shift, dtype):
+    y, scale = noise(11, 9, 7).to(dtype), noise(rows, columns, 7).to(dtype)
+    of_row = [min(max(row + shift, 0), rows - 1) for row in range(11)]
+    across = spread(scale[of_row].permute(2, 0, 1)[None], 11, 9)[0].permute(1, 2, 0)
+    out = torch.empty_like(y)
+    assert times(y, scale, shift, out) is out
+    assert torch.equal(out, y * across)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nafnet.model import NetConfig, Network, spread
-from nafnet.sliding import sliding_means
+from nafnet.sliding import SlidingMeans
 from nafnet.tlc import LocalAvgPool2d, localize, windows
 from tests.nafnet import reference
 
@@ -53,12 +53,11 @@ def test_windows_of_any_side_on_images_of_any_size(height, width, side, rows):
     x = numbers(1, 2, height, width, seed=height * width)
     right = reference.mean(x.double(), side)
     torch.testing.assert_close(local_means(x, side).double(), right, atol=1e-6, rtol=0)
-    made = []
-    for top, bottom, means in sliding_means(x[0].permute(1, 2, 0), side, rows):
-        assert top == sum(part.shape[2] for part in made)  # from the first row on, none twice and none left out
-        across = spread(means.permute(2, 0, 1)[None], bottom - top, width)
-        made.append(across.expand(1, 2, bottom - top, width).clone())
-    torch.testing.assert_close(torch.cat(made, dim=2).double(), right, atol=1e-6, rtol=0)
+    sliding = SlidingMeans(x[0].permute(1, 2, 0).contiguous(), side, rows)
+    counts = [min(rows, sliding.count - start) for start in range(0, sliding.count, rows)]
+    means = torch.cat([sliding.next_rows(count).clone() for count in counts])
+    made = spread(means.permute(2, 0, 1)[None], height, width).expand_as(right)
+    torch.testing.assert_close(made.double(), right, atol=1e-6, rtol=0)
 
 
 @settings(max_examples=300, deadline=None)
