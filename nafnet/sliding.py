@@ -18,19 +18,21 @@ from torch import Tensor
 from nafnet.team import SIZES, Loop, take, threads
 
 _Numbers = npt.NDArray[Any]
-# Sums run for as long as the image is, so they are kept with more than twice the digits of what is summed: rounding
-# errors that gather in them stay below its last digit. bfloat16 is given to the loops as uint16, its bits.
+# Sums run for as long as the image is, so they are kept with more than twice the digits of what is summed: the rounding
+# errors that gather in them stay far below the last digit of the largest numbers that they have held. bfloat16 is given
+# to the loops as uint16, its bits.
 _SUMS: dict[Any, Any] = {np.dtype(np.float32): np.dtype(np.float64), np.dtype(np.uint16): np.dtype(np.float32)}
-_ROWS = 64  # summed at once, so that a copy of float16 as float32 stays small
 
 
 class SlidingMeans:
     """`nafnet.tlc.LocalAvgPool2d` of (H, W, C) in memory order, a few rows after another, without a map of all means.
 
+    Where x is not finite, neither are the means of windows that hold it, nor of some that come after.
+
     Attributes:
         count: rows of windows, max(H - side, 0) + 1.
         columns: windows in a row, max(W - side, 0) + 1.
-        before: rows of the image above the one at the middle of the first window; they have the same means as that.
+        before: rows of the image above the middle of the first window, whose means they share.
     """
 
     def __init__(self, x: Tensor, side: int, rows: int) -> None:
@@ -43,7 +45,8 @@ class SlidingMeans:
         self._means = x.new_empty(rows, self.columns, channels, dtype=_computed(x.dtype))
         self._share = np.array([1 / (self._tall * wide)])
         sums = _sums_of_columns(x[: self._tall])
-        # Each part has the columns of its windows to itself: memory that two cores write goes to and fro between them.
+        # Each part has the columns of its windows to itself, wide - 1 of which it shares with the next: adding them up
+        # twice takes less than memory that two cores write to and that goes to and fro between them.
         self._parts = threads(self.columns)
         most = -(-self.columns // self._parts) + wide - 1
         self._sums = np.empty((self._parts, most, channels), sums.dtype)
@@ -53,17 +56,22 @@ class SlidingMeans:
 
     def next_rows(self, rows: int) -> Tensor:
         """Means (rows, columns, C) in x's dtype, good until the next are asked for."""
+        if not 0 < rows <= min(len(self._means), self.count - self._done):
+            raise ValueError(
+                f"{rows} rows of means asked for: there are {self.count - self._done}, given out in "
+                f"{len(self._means)} at most"
+            )
         start, stop = self._done, self._done + rows
         if start == 0:  # the window is where the first row wants it: what enters and what leaves are the same
-            self._slide(self._x[:1], self._x[:1], self._means[:1])
+            self._move(self._x[:1], self._x[:1], self._means[:1])
             start = 1
         if start < stop:
             enters, leaves = self._x[start + self._tall - 1 : stop + self._tall - 1], self._x[start - 1 : stop - 1]
-            self._slide(enters, leaves, self._means[start - self._done : rows])
+            self._move(enters, leaves, self._means[start - self._done : rows])
         self._done = stop
         return self._means[:rows].to(self._x.dtype)
 
-    def _slide(self, enters: Tensor, leaves: Tensor, means: Tensor) -> None:
+    def _move(self, enters: Tensor, leaves: Tensor, means: Tensor) -> None:
         new, old = _numbers(enters), _numbers(leaves)
         sizes = self._parts, *new.shape, self.columns, self._sums.shape[1]
         _slide(new.dtype)(sizes, new, old, self._sums, self._share, _numbers(means))
@@ -76,24 +84,29 @@ def mean(x: Tensor) -> Tensor:
 
 
 def times(y: Tensor, scale: Tensor, shift: int, out: Tensor) -> Tensor:
-    """y (h, w, C) times scale (n, m, C), which is spread over it as `nafnet.model.spread` says.
+    """y (h, w, C) times scale (n, m, C), spread over it as `nafnet.model.spread` says, into out (h, w, C).
 
-    Row i has scale i + `shift`, or the first or the last.
+    Row i has scale i + `shift`, or the first or the last. All are of one dtype, m at most w.
     """
+    if out.shape != y.shape or not 0 < scale.shape[1] <= y.shape[1] or scale.shape[2] != y.shape[2] or not len(scale):
+        raise ValueError(f"{tuple(y.shape)} cannot be scaled by {tuple(scale.shape)} into {tuple(out.shape)}")
+    if not y.dtype == scale.dtype == out.dtype:
+        raise ValueError(f"one dtype needed, got {y.dtype}, {scale.dtype} and {out.dtype}")
     wide = _computed(y.dtype)
     if y.dtype != wide:
         return out.copy_(times(y.to(wide), scale.to(wide), shift, torch.empty_like(y, dtype=wide)))
     height, width, channels = y.shape
     numbers = _numbers(y)
     sizes = threads(height), height, width, channels, *scale.shape[:2], shift
-    _times(numbers.dtype)(sizes, numbers, _numbers(scale), _numbers(out))
+    _multiply(numbers.dtype)(sizes, numbers, _numbers(scale), _numbers(out))
     return out
 
 
 def _sums_of_columns(x: Tensor) -> npt.NDArray[Any]:
     """(h, W, C) to (W, C)."""
     sums: npt.NDArray[Any] = np.zeros(x.shape[1:], _SUMS[_numbers(x[:0]).dtype])
-    for rows in x.split(_ROWS):  # type: ignore[no-untyped-call]
+    step = 8 if x.dtype == torch.float16 else len(x)  # a copy in float32 stays small
+    for rows in x.split(step):  # type: ignore[no-untyped-call]
         numbers = _numbers(rows)
         _add_rows(numbers.dtype)((threads(len(sums)), len(numbers), sums.size), numbers, sums)
     return sums
@@ -136,6 +149,7 @@ def _rounded(out, i, value):  # type: ignore[no-untyped-def] # noqa: ARG001 - nu
         return keep
 
     def round_half_to_even(out, i, value):  # type: ignore[no-untyped-def]
+        # NaN stays NaN: what computations make, and what is read of a bfloat16, has zeros in its lower half.
         bits = np.float32(value).view(np.uint32)
         out[i] = np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
 
@@ -193,7 +207,7 @@ def _slide(number: np.dtype[Any]) -> Loop:
         share = wide(carray(call[5], (1,), np.float64)[0])
         means = carray(call[6], (height, m, channels), number)
         side = width - m + 1
-        window = np.empty(channels, of_sums)
+        window = np.empty(channels, of_sums)  # its own memory, no other array's, which helps the compiler
         while True:
             part = take(call[0])
             if part >= parts:
@@ -221,8 +235,8 @@ def _slide(number: np.dtype[Any]) -> Loop:
 
 
 @cache
-def _times(number: np.dtype[Any]) -> Loop:
-    """See `times`."""
+def _multiply(number: np.dtype[Any]) -> Loop:
+    """Does what `times` says."""
 
     def loop(call: Any) -> None:
         sizes = carray(call[1], (SIZES,), np.int64)

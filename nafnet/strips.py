@@ -149,17 +149,17 @@ class _Block:
                 yield top, bottom, None, 0
             return
         means = SlidingMeans(y, window, rows)
-        scale = y.new_empty(rows + 1, means.columns, inner)  # its first row is the last that the strip above had
-        done = last = 0  # rows of windows before this strip, and where the last of them is
+        scale = y.new_empty(rows + 1, means.columns, inner)
+        done = fresh = 0  # rows of windows before this strip, and in it
         for top, bottom in strips:
+            if fresh:
+                scale[0] = scale[fresh]  # the last one before this strip, which its first rows may need
+            done += fresh
             fresh = min(max(bottom - means.before, 1), means.count) - done
-            if last:
-                scale[0] = scale[last]
             if fresh:
                 self._attention(means.next_rows(fresh).flatten(0, 1), scale[1 : fresh + 1].flatten(0, 1))
-            oldest = 0 if done else 1
-            yield top, bottom, scale[oldest : fresh + 1], top - means.before - done + 1 - oldest
-            done, last = done + fresh, fresh
+            first = 0 if done else 1
+            yield top, bottom, scale[first : fresh + 1], top - means.before - (done - 1 + first)
 
     def _attention(self, means: Tensor, out: Tensor) -> None:
         """(n, inner) to (n, inner): SCA is one layer; CA is two with a ReLU between them, then a sigmoid."""

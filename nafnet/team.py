@@ -16,6 +16,7 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 
 _CALL = types.void(types.CPointer(types.voidptr))
+# Loops compiled before stay on disk with this number and `take` in them: after a change here, touch their files too.
 SIZES = 8  # whole numbers that a loop has room for
 
 
@@ -28,7 +29,8 @@ class Loop:
     """A compiled loop: compiled when made, and kept on disk, beside its file or in the user's cache (NUMBA_CACHE_DIR).
 
     `function(call)` finds its whole numbers, the number of parts first, as `carray(call[1], (SIZES,), np.int64)`, and
-    its arrays at call[2], call[3] and so on. It does part `take(call[0])` until that is the number of parts.
+    its arrays at call[2], call[3] and so on. It does part `take(call[0])` until that is the number of parts. Nobody
+    hears of an exception in it: whatever can be wrong is checked before.
     """
 
     def __init__(self, function: Callable[[Any], None]) -> None:
@@ -46,7 +48,9 @@ class Loop:
         addresses = ctypes.addressof(taken), ctypes.addressof(numbers), *(array.ctypes.data for array in arrays)
         call = (ctypes.c_void_p * len(addresses))(*addresses)
         if sizes[0] > 1 and _parallel:
-            _parallel(self._compiled.address, call, sizes[0], 0)
+            # As many threads as torch has, even for fewer parts: GCC's runtime ends those that one region can spare
+            # and starts them anew for the next (pytorch issue 32008).
+            _parallel(self._compiled.address, call, torch.get_num_threads(), 0)
         else:
             self._compiled.ctypes(ctypes.cast(call, ctypes.POINTER(ctypes.c_void_p)))
 
@@ -67,13 +71,15 @@ def _find() -> Any:
     """`GOMP_parallel(function, its argument, threads, flags)`, or None."""
     if not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         return None
-    try:
-        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (AttributeError, OSError):
-        return None
-    parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
-    parallel.restype = None
-    return parallel
+    for library in (None, torch._C.__file__):  # what the process has for everybody comes first for torch, too
+        try:
+            parallel = ctypes.CDLL(library).GOMP_parallel
+        except (AttributeError, OSError, TypeError):
+            continue
+        parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+        parallel.restype = None
+        return parallel
+    return None
 
 
 _parallel = _find()

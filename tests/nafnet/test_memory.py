@@ -9,10 +9,10 @@ import torch
 from nafnet.memory import LADDER, available_bytes, is_out_of_memory, network_bytes, process_bytes, rungs, weights_bytes
 from nafnet.model import NetConfig
 from nafnet.recipe import Recipe, Step
-from nafnet.restore import Restorer
+from nafnet.restore import Restorer, has_arithmetic
 from tests.nafnet.test_strips import network_of
 
-# Prints the peak of a process in bytes: argv is width, height, image width, tile or "whole".
+# Prints the peak of a process in bytes: argv is width, height, image width, tile or "whole", precision.
 _PROGRAM = """
 import sys
 import numpy as np, torch
@@ -22,23 +22,32 @@ width, height, columns = map(int, sys.argv[1:4])
 tile = int(sys.argv[4]) if sys.argv[4].isdecimal() else sys.argv[4]
 torch.set_num_threads(2)
 network = Network(NetConfig(width=width, enc_blocks=(1, 1, 1, 2))).eval()
-restorer = Restorer([network], Recipe((Step("w"),), tile=tile))
+restorer = Restorer([network], Recipe((Step("w"),), tile=tile, precision=sys.argv[5]))
 restorer(np.zeros((height, columns, 3), np.uint8))
 print(peak_bytes())
 """
 
 
 @pytest.mark.parametrize(
-    ("width", "size", "tile"), [(32, (720, 1280), None), (16, (900, 1500), 640), (64, (300, 400), None)]
+    ("width", "size", "tile", "precision"),
+    [
+        (32, (720, 1280), None, "float32"),
+        (16, (900, 1500), 640, "float32"),
+        (64, (300, 400), None, "float32"),
+        (32, (1000, 1600), None, "bf16"),
+        (32, (1000, 1600), None, "float16"),
+    ],
 )
-def test_the_plan_covers_the_peak_and_little_more(width, size, tile):
+def test_the_plan_covers_the_peak_and_little_more(width, size, tile, precision):
+    if not has_arithmetic(precision):
+        pytest.skip(f"this processor does not compute in {precision}")
     config = NetConfig(width=width, enc_blocks=(1, 1, 1, 2))
-    arguments = [str(width), *map(str, size), str(tile or "whole")]
+    arguments = [str(width), *map(str, size), str(tile or "whole"), precision]
     run = subprocess.run([sys.executable, "-c", _PROGRAM, *arguments], capture_output=True, text=True, check=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        planned = process_bytes([config], *size, tile=tile)
+        planned = process_bytes([config], *size, tile=tile, precision=precision)
     finally:
         torch.set_num_threads(threads)
     assert 0.5 * planned < int(run.stdout) <= planned
