@@ -19,7 +19,7 @@ LADDER = (4096, 3072, 2048, 1536, 1024, 768, 640, 512)
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
 STRIP_BYTES = 2**22  # of the widest map in a strip of `nafnet.strips`, for each thread
 
-_LIBRARIES_BYTES = 540 * 2**20  # a process that has imported torch and Ray and compiled loops, but restored nothing
+_LIBRARIES_BYTES = 560 * 2**20  # a process that has imported torch and Ray and compiled loops, but restored nothing
 _STRIP_MAPS = 6  # of at most STRIP_BYTES a thread, alive at once
 _SHARE = 0.6  # of a machine's memory; the rest is for its other work
 _DEVICE_SHARE = 0.9  # of what is free on a GPU

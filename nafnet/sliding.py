@@ -17,11 +17,14 @@ from torch import Tensor
 
 from nafnet.team import SIZES, Loop, take, threads
 
-_Numbers = npt.NDArray[Any]
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # how numbers that numpy or Numba lack are passed
 # Sums run for as long as the image is, so they are kept with more than twice the digits of what is summed: the rounding
-# errors that gather in them stay far below the last digit of the largest numbers that they have held. bfloat16 is given
-# to the loops as uint16, its bits.
-_SUMS: dict[Any, Any] = {np.dtype(np.float32): np.dtype(np.float64), np.dtype(np.uint16): np.dtype(np.float32)}
+# errors that gather in them stay far below the last digit of the largest numbers that they have held.
+_SUMS: dict[Any, Any] = {
+    np.dtype(np.float32): np.dtype(np.float64),
+    np.dtype(np.uint16): np.dtype(np.float32),
+    np.dtype(np.int16): np.dtype(np.float32),
+}
 
 
 class SlidingMeans:
@@ -42,7 +45,7 @@ class SlidingMeans:
         self.count, self.columns = height - self._tall + 1, width - wide + 1
         self.before = (height - self.count) // 2
         self._done = 0
-        self._means = x.new_empty(rows, self.columns, channels, dtype=_computed(x.dtype))
+        self._means = x.new_empty(rows, self.columns, channels)
         self._share = np.array([1 / (self._tall * wide)])
         sums = _sums_of_columns(x[: self._tall])
         # Each part has the columns of its windows to itself, wide - 1 of which it shares with the next: adding them up
@@ -69,7 +72,7 @@ class SlidingMeans:
             enters, leaves = self._x[start + self._tall - 1 : stop + self._tall - 1], self._x[start - 1 : stop - 1]
             self._move(enters, leaves, self._means[start - self._done : rows])
         self._done = stop
-        return self._means[:rows].to(self._x.dtype)
+        return self._means[:rows]
 
     def _move(self, enters: Tensor, leaves: Tensor, means: Tensor) -> None:
         new, old = _numbers(enters), _numbers(leaves)
@@ -92,9 +95,6 @@ def times(y: Tensor, scale: Tensor, shift: int, out: Tensor) -> Tensor:
         raise ValueError(f"{tuple(y.shape)} cannot be scaled by {tuple(scale.shape)} into {tuple(out.shape)}")
     if not y.dtype == scale.dtype == out.dtype:
         raise ValueError(f"one dtype needed, got {y.dtype}, {scale.dtype} and {out.dtype}")
-    wide = _computed(y.dtype)
-    if y.dtype != wide:
-        return out.copy_(times(y.to(wide), scale.to(wide), shift, torch.empty_like(y, dtype=wide)))
     height, width, channels = y.shape
     numbers = _numbers(y)
     sizes = threads(height), height, width, channels, *scale.shape[:2], shift
@@ -104,38 +104,43 @@ def times(y: Tensor, scale: Tensor, shift: int, out: Tensor) -> Tensor:
 
 def _sums_of_columns(x: Tensor) -> npt.NDArray[Any]:
     """(h, W, C) to (W, C)."""
-    sums: npt.NDArray[Any] = np.zeros(x.shape[1:], _SUMS[_numbers(x[:0]).dtype])
-    step = 8 if x.dtype == torch.float16 else len(x)  # a copy in float32 stays small
-    for rows in x.split(step):  # type: ignore[no-untyped-call]
-        numbers = _numbers(rows)
-        _add_rows(numbers.dtype)((threads(len(sums)), len(numbers), sums.size), numbers, sums)
+    numbers = _numbers(x)
+    sums: npt.NDArray[Any] = np.zeros(numbers.shape[1:], _SUMS[numbers.dtype])
+    _add_rows(numbers.dtype)((threads(len(sums)), len(numbers), sums.size), numbers, sums)
     return sums
 
 
-def _computed(dtype: torch.dtype) -> torch.dtype:
-    """What the loops know: float32 and bfloat16. float16 passes through them as float32."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def _numbers(x: Tensor) -> _Numbers:
-    """x as the loops take it: its own memory where they know its dtype."""
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x.float()).numpy()
+def _numbers(x: Tensor) -> npt.NDArray[Any]:
+    bits = _BITS.get(x.dtype)
+    return (x if bits is None else x.view(bits)).numpy()
 
 
 def _float32(number: Any) -> Any:
-    """One of `_Numbers`, in a compiled loop: a name for what `_to_float32` puts there."""
-    raise NotImplementedError  # outside a compiled loop a number does not tell which of the two it is
+    """What `_numbers` gave, in a compiled loop: a name for what `_to_float32` puts there."""
+    raise NotImplementedError  # outside a compiled loop a number does not tell which of the three it is
 
 
 @overload(_float32)
 def _to_float32(number):  # type: ignore[no-untyped-def] # numba compares these signatures
     if isinstance(number, types.Float):
         return lambda number: number
-    return lambda number: np.uint32(np.uint32(number) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+    if number == types.uint16:  # bfloat16 is the upper half of a float32
+        return lambda number: np.uint32(np.uint32(number) << 16).view(np.float32)
+    factor = np.float32(2.0**112)
+
+    def of_half(number):  # type: ignore[no-untyped-def]
+        # Sign, exponent (biased by 15) and fraction of a float16 are put in their places in a float32 (biased by 127).
+        bits = np.uint32(np.uint16(number))
+        placed = np.uint32((bits & np.uint32(0x8000)) << 16 | (bits & np.uint32(0x7FFF)) << 13)
+        finite = placed.view(np.float32) * factor
+        endless = np.uint32(placed | np.uint32(0x7F800000)).view(np.float32)
+        return endless if bits & np.uint32(0x7C00) == np.uint32(0x7C00) else finite
+
+    return of_half
 
 
 def _put(out: Any, i: int, value: Any) -> None:
-    """out[i] = value rounded to one of `_Numbers`, in a compiled loop: a name for what `_rounded` puts there."""
+    """out[i] = value rounded half to even, in a compiled loop: a name for what `_rounded` puts there."""
     raise NotImplementedError
 
 
@@ -143,17 +148,30 @@ def _put(out: Any, i: int, value: Any) -> None:
 def _rounded(out, i, value):  # type: ignore[no-untyped-def] # noqa: ARG001 - numba compares these signatures
     if isinstance(out.dtype, types.Float):
 
-        def keep(out, i, value):  # type: ignore[no-untyped-def]
+        def as_it_is(out, i, value):  # type: ignore[no-untyped-def]
             out[i] = value
 
-        return keep
+        return as_it_is
+    if out.dtype == types.uint16:
 
-    def round_half_to_even(out, i, value):  # type: ignore[no-untyped-def]
-        # NaN stays NaN: what computations make, and what is read of a bfloat16, has zeros in its lower half.
+        def to_bfloat16(out, i, value):  # type: ignore[no-untyped-def]
+            # NaN stays NaN: what computations make, and what is read of a bfloat16, has zeros in its lower half.
+            bits = np.float32(value).view(np.uint32)
+            out[i] = np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+
+        return to_bfloat16
+    factor = np.float32(2.0**-112)
+
+    def to_half(out, i, value):  # type: ignore[no-untyped-def]
         bits = np.float32(value).view(np.uint32)
-        out[i] = np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+        size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+        placed = np.float32(size.view(np.float32) * factor).view(np.uint32)
+        half = np.uint32((placed + np.uint32(0xFFF) + (placed >> np.uint32(13) & np.uint32(1))) >> np.uint32(13))
+        half = min(half, np.uint32(0x7C00))  # infinity
+        half = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else half  # NaN
+        out[i] = np.int16(np.uint16(half | (bits >> np.uint32(16) & np.uint32(0x8000))))
 
-    return round_half_to_even
+    return to_half
 
 
 @cache
