@@ -141,7 +141,7 @@ def _to_float32(number):  # type: ignore[no-untyped-def] # numba compares these 
 
 def _put(out: Any, i: int, value: Any) -> None:
     """out[i] = value rounded half to even, in a compiled loop: a name for what `_rounded` puts there."""
-    raise NotImplementedError
+    raise NotImplementedError  # outside a compiled loop an array of bits does not tell which of the three it holds
 
 
 @overload(_put)

@@ -140,7 +140,7 @@ def test_times_repeats_the_edges_of_the_scale(columns, rows, shift, dtype):
     assert torch.equal(out, y * across)
 
 
-def test_images_in_two_threads_do_not_disturb_one_another():
+def test_images_at_once_do_not_disturb_one_another():
     images = [noise(60, 50, 3) + k for k in range(4)]
     alone = [at_each_pixel(image, 9, rows=2) for image in images]
     with ThreadPoolExecutor(4) as pool:
