@@ -39,7 +39,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from itertools import islice
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import pyarrow as pa
@@ -47,6 +46,8 @@ import ray
 from ray import cloudpickle
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import (
     GetTimeoutError,
     NodeDiedError,
@@ -356,7 +357,10 @@ def _first_pass(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = -1  # a lost block is not a lost run: its keys come back in the second pass
-    context.wait_for_min_actors_s = _WAIT_FOR_ACTORS_SECONDS
+    # Ray waits before it starts what it asks the stopwatch in: where the deadline is nearer, it starts without waiting.
+    soon = deadline - time.monotonic() < _WAIT_FOR_ACTORS_SECONDS
+    context.wait_for_min_actors_s = -1 if soon else _WAIT_FOR_ACTORS_SECONDS
+    context.custom_execution_callback_classes = [] if deadline == math.inf else [_stopwatch(deadline)]
     context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
     context.target_max_block_size = BLOCK_BYTES  # `fetch` gives away no less, which Ray would gather otherwise
     with warnings.catch_warnings():
@@ -369,41 +373,33 @@ def _first_pass(
         batch_size=None,
         batch_format="pyarrow",
     )
-    for rows in _until(deadline, batches):
-        fresh = rows.cast(REPORT_SCHEMA).filter(
-            pa.array([key not in seen for key in rows["key"].to_pylist()], pa.bool_())
-        )
-        seen.update(fresh["key"].to_pylist())
-        on_rows(fresh)
+    try:
+        for rows in batches:
+            fresh = rows.cast(REPORT_SCHEMA).filter(
+                pa.array([key not in seen for key in rows["key"].to_pylist()], pa.bool_())
+            )
+            seen.update(fresh["key"].to_pylist())
+            on_rows(fresh)
+    except ExecutionTimeoutError:
+        if time.monotonic() < deadline:  # nothing came for long
+            raise
+        raise TimeLimit(TIME_IS_UP) from None
     return part.filter(pa.array([key not in seen for key in part["key"].to_pylist()], pa.bool_()))
 
 
-def _until(deadline: float, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The batches until then. They come from a thread, since Ray waits for the next one as long as it takes."""
-    if deadline == math.inf:
-        yield from batches
-        return
-    came: SimpleQueue[pa.Table | Exception | None] = SimpleQueue()
+def _stopwatch(deadline: float) -> type[ExecutionCallback]:
+    """Ends what Ray Data executes at the deadline: it would wait for the next block as long as that takes.
 
-    def pump() -> None:
-        try:
-            for rows in batches:
-                came.put(rows)
-            came.put(None)
-        except Exception as error:  # noqa: BLE001 - raised where they are taken
-            came.put(error)
+    In Ray's own thread, several times a second. A thread of ours that waited for blocks would still be in Ray's C++
+    side when Ray is shut down, which kills the process.
+    """
 
-    threading.Thread(target=pump, name="batches", daemon=True).start()
-    while True:
-        try:
-            item = came.get(timeout=max(0.0, deadline - time.monotonic()))
-        except Empty:
-            raise TimeLimit(TIME_IS_UP) from None
-        if item is None:
-            return
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    class Stopwatch(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:  # noqa: ARG002 - Ray's signature
+            if time.monotonic() >= deadline:
+                raise ExecutionTimeoutError(TIME_IS_UP)
+
+    return Stopwatch
 
 
 def _second_pass(

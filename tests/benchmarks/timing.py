@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -46,13 +46,13 @@ def measure(
     return Row(what, us, them, statistics.median(b / a for a, b in times), floor, bar)
 
 
-def measure_all(names: Sequence[str], calls: Sequence[Callable[[], object]], runs: int) -> dict[str, list[float]]:
+def measure_all(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
     """Seconds of each call in every round, the calls taking turns after a warm-up."""
-    for call in calls:
+    for call in calls.values():
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs):
-        for name, call in zip(names, calls, strict=True):
+        for name, call in calls.items():
             seconds[name].append(clock(call))
     return seconds
 

@@ -6,10 +6,11 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ class PoisonedActor(RestoreActor):
         if "with a bug.png" in keys and not self.work.contained:
             raise RuntimeError("met a bug")
         return super()._restore(rows, at_once)
+
+
+class StartingActor(RestoreActor):
+    """Is not there for a minute."""
+
+    def __init__(self, work: Work) -> None:
+        time.sleep(60)
+        super().__init__(work)
 
 
 def poisoned_fetch(batch: pa.Table, work: Work) -> Iterator[pa.Table]:
@@ -318,3 +327,32 @@ def test_a_job_that_can_process_nothing_raises_what_it_met(tmp_path: Path, check
     (tmp_path / "out").write_bytes(b"a file where the output folder should be")
     with pytest.raises(RuntimeError, match=r"no image could be processed; one met .*writing it"):
         engine.run(pairs, work, Placement(), lambda _: None)
+
+
+def test_at_the_time_limit_ray_data_stops_before_ray_does(
+    tmp_path: Path, checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that is in Ray's C++ side when Ray is shut down ends the process with SIGSEGV."""
+    parts, work = job_on(tmp_path, checkpoint_file, {"a.png": GREY})
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    first_pass, shutdown = engine._first_pass, ray.shutdown
+    before: set[threading.Thread] = set()
+    after: set[threading.Thread] = set()
+
+    def begin(part: pa.Table, work: Work, pool: Pool, on_rows: Callable[[pa.Table], None], _: float) -> pa.Table:
+        before.update(threading.enumerate())
+        return first_pass(part, work, pool, on_rows, time.monotonic() + 2)
+
+    def stop() -> None:
+        after.update(threading.enumerate())
+        shutdown()
+
+    monkeypatch.setattr(engine, "RestoreActor", StartingActor)
+    monkeypatch.setattr(engine, "_first_pass", begin)
+    monkeypatch.setattr(ray, "shutdown", stop)
+    began = time.monotonic()
+    with pytest.raises(engine.TimeLimit):
+        engine.run(parts, work, Placement(), lambda _: None)
+    assert time.monotonic() - began < 50  # and not after the actor's minute
+    assert after
+    assert after <= before
