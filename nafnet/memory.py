@@ -4,7 +4,9 @@ The numbers are plans, checked against measured peaks in the tests. They decide 
 where they fit, else the largest side of `LADDER` that does.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +23,10 @@ STRIP_BYTES = 2**22  # of the widest map in a strip of `nafnet.strips`, for each
 
 _LIBRARIES_BYTES = 560 * 2**20  # a process that has imported torch and Ray and compiled loops, but restored nothing
 _STRIP_MAPS = 6  # of at most STRIP_BYTES a thread, alive at once
+_GAPS_BYTES = 128 * 2**20  # that strips which come and go leave between what stays
 _SHARE = 0.6  # of a machine's memory; the rest is for its other work
 _DEVICE_SHARE = 0.9  # of what is free on a GPU
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
 
 
 def network_bytes(
@@ -41,7 +45,7 @@ def network_bytes(
     inner = config.width * config.dw_expand // (2 if config.activation == "gate" else 1)
     if device == "cpu":
         maps = (2 * config.width + inner) * pixels * number
-        return 2 * image + maps + _STRIP_MAPS * STRIP_BYTES * torch.get_num_threads()
+        return 2 * image + maps + _STRIP_MAPS * STRIP_BYTES * torch.get_num_threads() + _GAPS_BYTES
     local = 0 if config.attention == "none" else 2 * 4 * inner * pixels
     return 3 * image + (3 + 2 * config.dw_expand) * config.width * pixels * number + local
 
@@ -99,6 +103,24 @@ def available_bytes(device: str = "cpu", share: float = 1.0) -> int:
         except (OSError, ValueError):  # not there, or "max"
             continue
     return int(total * share * _SHARE)
+
+
+def make_room(needed: int, planned: int) -> None:
+    """Let the system have what the C library keeps, where this process would come to hold more than planned (bytes).
+
+    What is freed is kept for later, in pieces between others that stay: the next image of another size finds few that
+    fit, and takes as much again.
+    """
+    if _trim is not None and resident_bytes() + needed > planned:
+        _trim(0)
+
+
+def resident_bytes() -> int:
+    """What this process holds now; 0 where the system does not say (macOS)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

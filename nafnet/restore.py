@@ -15,9 +15,10 @@ from torch import Tensor
 
 from nafnet import catalog, checkpoint
 from nafnet.device import DeviceNetwork
-from nafnet.memory import DTYPES, available_bytes, is_out_of_memory, process_bytes, rungs
+from nafnet.memory import DTYPES, available_bytes, is_out_of_memory, make_room, process_bytes, resident_bytes, rungs
 from nafnet.metrics import data_range_of, quantize
 from nafnet.model import Network, parameters
+from nafnet.pointwise import has_onednn
 from nafnet.recipe import Precision, Recipe, Step, Tile
 from nafnet.tiling import Tile as Piece
 from nafnet.tiling import least_tile, plan_tiles, restore_tiles
@@ -78,6 +79,8 @@ class Restorer:
         self.recipe = recipe
         self.device = device
         self.memory = available_bytes(device) if memory is None else memory
+        self._size = 0, 0  # of the last image
+        self._planned = 0  # for the largest so far
         self._stride = max(config.stride for config in self.configs)
         window = max(
             windows(config, step.train_size)[0] if step.train_size is not None else 0
@@ -102,6 +105,7 @@ class Restorer:
         self._proven = len(precisions) == 1
         self._proving = Lock()
         self._networks = {name: [self._ready(network, name) for network in networks] for name in precisions}
+        self._at_first = resident_bytes()
 
     @classmethod
     def load(
@@ -167,6 +171,7 @@ class Restorer:
         """
         colour = self._colour(image)
         height, width = image.shape[:2]
+        self._make_room(height, width)
         doubt = self._doubt(colour)  # first, since float32 may need smaller tiles
         memory: str | None = None
         for tile in self._rungs(height, width):
@@ -276,6 +281,15 @@ class Restorer:
             while len(ladder) > 1 and self.process_bytes(height, width, ladder[0]) > self.memory:
                 ladder = ladder[1:]
         return ladder
+
+    def _make_room(self, height: int, width: int) -> None:
+        """Where images of one size follow each other, memory fits again: fresh memory would take longer."""
+        if self.device != "cpu" or (height, width) == self._size:
+            return
+        self._size = height, width
+        planned = self.process_bytes(height, width, self.tile(height, width))
+        self._planned = max(self._planned, planned)
+        make_room(planned - self._at_first, self._planned)
 
     def _plan(self, height: int, width: int, tile: int | None) -> list[Piece]:
         """The tiles, or none when the image goes through at once."""
@@ -464,9 +478,7 @@ _switches = _Switches()
 
 def has_arithmetic(precision: Precision) -> bool:
     """Whether this machine's CPU computes in `precision`; where it does not, torch converts number by number."""
-    if precision == "bf16":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return precision == "float32" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return precision == "float32" or has_onednn(DTYPES[precision])
 
 
 def _apply(network: Callable[[Tensor], Tensor], channels: int, piece: Pixels) -> Floats:

@@ -7,6 +7,7 @@ that the first made possible, goes from there to its output, in place. What is c
 and shift, the residual's) is folded into the neighbouring 1x1 convolutions, and those are matrix products.
 """
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from nafnet.memory import STRIP_BYTES
 from nafnet.model import SIGMAS, Block, LayerNorm2d, NetConfig, Network
+from nafnet.pointwise import Pointwise, PointwiseSum, Then, as_image
 from nafnet.sliding import SlidingMeans, mean, times
 from nafnet.tlc import LocalAvgPool2d
 
@@ -43,18 +45,20 @@ class StripNetwork:
         stride = self.config.stride
         if height % stride or width % stride:  # padding by nothing would copy the image
             image = F.pad(image, (0, 0, 0, -width % stride, 0, -height % stride))
-        x = self._intro(image.to(self.dtype), self.dtype)
         # What blocks make between their walks, largest at full resolution: fresh memory for each would cost more than
         # what some of them compute.
         config = self.config
         inner = config.width * config.dw_expand // (2 if config.activation == "gate" else 1)
-        space = x.new_empty(x.shape[0] * x.shape[1] * inner)
+        space = image.new_empty(image.shape[0] * image.shape[1] * inner, dtype=self.dtype)
+        x, *deeper = self._maps(*image.shape[:2])
+        self._intro(image.to(self.dtype), x)
         skips = []
-        for encoder, down in zip(self._encoders, self._downs, strict=True):
+        for encoder, down, below in zip(self._encoders, self._downs, deeper, strict=True):
             for block in encoder:
                 block(x, space)
             skips.append(x)
-            x = down(x)
+            down(x, below)
+            x = below
         for block in self._middle:
             block(x, space)
         for up, decoder in zip(self._ups, self._decoders, strict=True):
@@ -62,7 +66,18 @@ class StripNetwork:
             for block in decoder:
                 block(x, space)
         del space
-        return self._ending(x, torch.float32).add_(image)[:height, :width]
+        restored = torch.empty_like(image)
+        self._ending(x, restored)
+        return restored.add_(image)[:height, :width]
+
+    def _maps(self, height: int, width: int) -> list[Tensor]:
+        """A feature map for each level, in one piece of memory: strips between them would leave gaps."""
+        shapes = [
+            (height >> level, width >> level, self.config.width << level) for level in range(self.config.levels + 1)
+        ]
+        sizes = [math.prod(shape) for shape in shapes]
+        pieces = torch.split(torch.empty(sum(sizes), dtype=self.dtype), sizes)
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 class _Block:
@@ -70,117 +85,123 @@ class _Block:
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         self.norms = isinstance(block.norm1, LayerNorm2d), isinstance(block.norm2, LayerNorm2d)
-        self.conv1 = _after_norm(block.norm1, block.conv1, dtype)
-        self.depthwise = _weights(block.conv2.weight, dtype), _weights(cast(Tensor, block.conv2.bias), dtype)
-        self.conv3 = _before_scale(block.conv3, block.beta, dtype)
-        self.conv4 = _after_norm(block.norm2, block.conv4, dtype)
-        self.conv5 = _before_scale(block.conv5, block.gamma, dtype)
         self.activation, self.sigma = block.activation, SIGMAS[block.sigma]
+        self.depthwise = _weights(block.conv2.weight, dtype), _weights(cast(Tensor, block.conv2.bias), dtype)
+        self.conv1 = Pointwise(*_after_norm(block.norm1, block.conv1, dtype))
+        self.conv3 = PointwiseSum(*_before_scale(block.conv3, block.beta, dtype))
+        then = "none" if block.activation == "gate" else block.activation
+        self.widened = block.conv4.out_channels
+        self.conv4 = Pointwise(*_after_norm(block.norm2, block.conv4, dtype), then)
+        self.conv5 = PointwiseSum(*_before_scale(block.conv5, block.gamma, dtype))
         attention = block.sca or block.se
         self.window: int | None = None
-        self.excite: list[tuple[Tensor, Tensor]] = []
+        self.attention: list[Pointwise] = []  # SCA is one layer; CA is two with a ReLU between them, then a sigmoid
         if attention is not None:
             pool, *layers = attention
-            self.excite = [_linear(layer, dtype) for layer in layers if isinstance(layer, nn.Conv2d)]
             self.window = pool.side if isinstance(pool, LocalAvgPool2d) else None
+            thens: tuple[Then, ...] = ("none",) if block.sca is not None else ("relu", "sigmoid")
+            convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+            self.attention = [
+                Pointwise(_weights(conv.weight[..., 0, 0], dtype), _weights(cast(Tensor, conv.bias), dtype), then)
+                for conv, then in zip(convs, thens, strict=True)
+            ]
 
     def __call__(self, x: Tensor, space: Tensor) -> None:
         """`space` is memory for (H, W, inner)."""
         height, width, _ = x.shape
-        inner = self.conv3[1].shape[0]
-        y = self._first_walk(x, space[: height * width * inner].view(height, width, inner))
-        bias, weight = self.conv3
+        inner = self.conv3.weight.shape[1]
+        y = space[: height * width * inner].view(height, width, inner)
+        self._first_walk(x, y)
         if self.window is not None and self.window < max(height, width):
             self._second_walk(x, y, self.conv3, self.window)
-            return
-        if self.excite:  # one value per channel: folded into the convolution that reads what it scales
-            scale = y.new_empty(1, inner)
-            self._attention(mean(y).to(y.dtype)[None], scale)
-            weight = scale.view(inner, 1) * weight
-        self._second_walk(x, y, (bias, weight), None)
+        elif self.attention:  # one value per channel: folded into the convolution that reads what it scales
+            scale = self._scale(mean(y).to(y.dtype).view(1, 1, inner))
+            self._second_walk(x, y, PointwiseSum(self.conv3.weight * scale[0, 0], self.conv3.bias), None)
+        else:
+            self._second_walk(x, y, self.conv3, None)
 
-    def _first_walk(self, x: Tensor, y: Tensor) -> Tensor:
+    def _first_walk(self, x: Tensor, y: Tensor) -> None:
         """Norm, 1x1, depthwise 3x3 and activation: (H, W, C) to (H, W, inner), which is y."""
         height, width, _ = x.shape
-        wide = self.conv1[1].shape[1]
-        rows = min(_rows(width * wide * x.element_size()), height)
-        ring = x.new_empty(rows + 2, width, wide)  # row 0 is the one above the strip, the last the one below
-        ring[0].zero_()
+        wide = self.depthwise[0].shape[0]
+        rows = _rows(width * wide * x.element_size())
+        above = x.new_zeros(1, width, wide)  # the last rows, two at most, that the next strip's first rows need
+        done = 0
         for top in range(0, height, rows):
-            bottom = min(top + rows, height)
-            if top:
-                ring[0].copy_(ring[rows])
-                ring[1].copy_(ring[rows + 1])
-            first, last = top + 1 if top else 0, min(bottom + 1, height)
-            if first < last:
-                into = ring[first - top + 1 : last - top + 1]
-                _product(self.conv1, self._norm(x[first:last], 0), into)
-            if bottom == height:
-                ring[bottom - top + 1].zero_()
-            strip = ring[None, : bottom - top + 2].permute(0, 3, 1, 2)
-            weight, bias = self.depthwise
-            z = F.conv2d(strip, weight, bias, padding=(0, 1), groups=wide)
-            self._activate(z[0].permute(1, 2, 0), y[top:bottom])
-        return y
+            strip = self.conv1(self._norm(x[top : top + rows], 0))
+            seam = torch.cat((above, strip[:2]))
+            above = seam[-2:] if len(strip) < 2 else strip[-2:].clone()
+            done = self._convolve(strip, y, self._convolve(seam, y, done))
+            del strip  # before the next is made
+        self._convolve(torch.cat((above, x.new_zeros(1, width, wide))), y, done)
 
-    def _second_walk(self, x: Tensor, y: Tensor, conv3: tuple[Tensor, Tensor], window: int | None) -> None:
+    def _convolve(self, strip: Tensor, y: Tensor, top: int) -> int:
+        """Depthwise 3x3 and activation of all rows but the outer two, to y from row `top` on: the row after them."""
+        bottom = top + len(strip) - 2
+        if bottom <= top:
+            return top
+        z = F.conv2d(as_image(strip), *self.depthwise, padding=(0, 1), groups=strip.shape[2])
+        self._activate(z[0].permute(1, 2, 0), y[top:bottom])
+        return bottom
+
+    def _second_walk(self, x: Tensor, y: Tensor, conv3: PointwiseSum, window: int | None) -> None:
         """Attention and 1x1, added to x; then norm, 1x1, activation, 1x1, added to x."""
         height, width, _ = x.shape
-        wide, inner = self.conv4[1].shape[1], self.conv5[1].shape[0]
-        rows = min(_rows(width * max(wide, y.shape[2]) * x.element_size()), height)
-        scaled, widened = x.new_empty(rows, width, y.shape[2]), x.new_empty(rows, width, wide)
-        gated = x.new_empty(rows, width, inner)
+        rows = min(_rows(width * max(self.widened, y.shape[2]) * x.element_size()), height)
+        scaled = x.new_empty(rows, width, y.shape[2])
         for top, bottom, scale, shift in self._scales(y, window, rows):
-            count = bottom - top
             strip, z = x[top:bottom], y[top:bottom]
             if scale is not None:
-                z = times(z, scale, shift, scaled[:count])
-            _add_product(strip, conv3, z)
-            _product(self.conv4, self._norm(strip, 1), widened[:count])
-            self._activate(widened[:count], gated[:count])
-            _add_product(strip, self.conv5, gated[:count])
+                z = times(z, scale, shift, scaled[: bottom - top])
+            conv3(strip, z)
+            self.conv5(strip, self._gate(self.conv4(self._norm(strip, 1))))
 
     def _scales(self, y: Tensor, window: int | None, rows: int) -> Iterator[tuple[int, int, Tensor | None, int]]:
         """Strips of `rows` rows, with their attention and its shift, as `nafnet.sliding.times` takes them."""
-        height, _, inner = y.shape
+        height = len(y)
         strips = [(top, min(top + rows, height)) for top in range(0, height, rows)]
         if window is None:
             for top, bottom in strips:
                 yield top, bottom, None, 0
             return
         means = SlidingMeans(y, window, rows)
-        scale = y.new_empty(rows + 1, means.columns, inner)
-        done = fresh = 0  # rows of windows before this strip, and in it
+        scale = y.new_empty(0)
+        done = 0  # rows of windows
         for top, bottom in strips:
-            if fresh:
-                scale[0] = scale[fresh]  # the last one before this strip, which its first rows may need
-            done += fresh
             fresh = min(max(bottom - means.before, 1), means.count) - done
+            first = done
             if fresh:
-                self._attention(means.next_rows(fresh).flatten(0, 1), scale[1 : fresh + 1].flatten(0, 1))
-            first = 0 if done else 1
-            yield top, bottom, scale[first : fresh + 1], top - means.before - (done - 1 + first)
+                last, scale = scale[-1:], self._scale(means.next_rows(fresh))
+                if max(top - means.before, 0) < done:
+                    scale, first = torch.cat((last, scale)), done - 1
+            else:
+                scale, first = scale[-1:], done - 1
+            done += fresh
+            yield top, bottom, scale, top - means.before - first
 
-    def _attention(self, means: Tensor, out: Tensor) -> None:
-        """(n, inner) to (n, inner): SCA is one layer; CA is two with a ReLU between them, then a sigmoid."""
-        *before, (bias, weight) = self.excite
-        for layer in before:
-            means = torch.addmm(layer[0], means, layer[1]).relu_()
-        torch.addmm(bias, means, weight, out=out)
-        if before:
-            out.sigmoid_()
+    def _scale(self, means: Tensor) -> Tensor:
+        """Means (h, w, inner) to what they scale by."""
+        for layer in self.attention:
+            means = layer(means)
+        return means
 
     def _norm(self, x: Tensor, half: int) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.norms[half] else x
 
     def _activate(self, y: Tensor, out: Tensor) -> None:
         if self.activation == "gate":
-            first, second = y.chunk(2, dim=-1)
-            torch.mul(first, self.sigma(second), out=out)
+            self._gate(y, out)
         elif self.activation == "gelu":
             torch.ops.aten.gelu.out(y, out=out)
         else:
             torch.clamp(y, min=0, out=out)
+
+    def _gate(self, y: Tensor, out: Tensor | None = None) -> Tensor:
+        """One half times the other, where it was not another activation that went before."""
+        if self.activation != "gate":
+            return y
+        first, second = y.chunk(2, dim=-1)
+        return torch.mul(first, self.sigma(second), out=out)
 
 
 class _Down:
@@ -188,16 +209,15 @@ class _Down:
 
     def __init__(self, conv: nn.Module, dtype: torch.dtype) -> None:
         weight, bias = cast(Tensor, conv.weight), cast(Tensor, conv.bias)
-        self.layer = _weights(bias, dtype), _weights(weight.permute(2, 3, 1, 0).flatten(0, 2), dtype)
+        self.layer = Pointwise(_weights(weight.permute(0, 2, 3, 1).flatten(1), dtype), _weights(bias, dtype))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """(H, W, C) to (H / 2, W / 2, 2 C), which is `out`."""
         height, width, channels = x.shape
-        out = x.new_empty(height // 2, width // 2, 2 * channels)
         pixels = x.view(height // 2, 2, width // 2, 2, channels).transpose(1, 2)
         rows = _rows(2 * width * channels * x.element_size())
         for top in range(0, height // 2, rows):
-            _product(self.layer, pixels[top : top + rows].flatten(2), out[top : top + rows])
-        return out
+            out[top : top + rows] = self.layer(pixels[top : top + rows].flatten(2))
 
 
 class _Up:
@@ -205,16 +225,17 @@ class _Up:
 
     def __init__(self, up: nn.Module, dtype: torch.dtype) -> None:
         weight = cast(Tensor, cast(nn.Sequential, up)[0].weight)[..., 0, 0]  # (channels, 2, 2), in
-        self.weight = _weights(weight.view(-1, 2, 2, weight.shape[1]).permute(3, 1, 2, 0).flatten(1), dtype)
+        self.layer = Pointwise(
+            _weights(weight.view(-1, 2, 2, weight.shape[1]).permute(1, 2, 0, 3).flatten(0, 2), dtype), None
+        )
 
     def __call__(self, x: Tensor, skip: Tensor) -> Tensor:
         height, width, channels = x.shape
         pixels = skip.view(height, 2, width, 2, channels // 2).transpose(1, 2)
         rows = _rows(2 * width * channels * x.element_size())
         for top in range(0, height, rows):
-            strip = x[top : top + rows]
-            spread = strip.flatten(0, 1) @ self.weight
-            pixels[top : top + rows].add_(spread.view(len(strip), width, 2, 2, channels // 2))
+            strip = self.layer(x[top : top + rows])
+            pixels[top : top + rows].add_(strip.view(len(strip), width, 2, 2, channels // 2))
         return skip
 
 
@@ -225,19 +246,18 @@ class _Conv3x3:
         self.weight = _weights(conv.weight, dtype).contiguous(memory_format=torch.channels_last)
         self.bias = _weights(cast(Tensor, conv.bias), dtype)
 
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """(H, W, c) to (H, W, d), which is `out`, of whatever dtype."""
         height, width, _ = x.shape
-        out = x.new_empty(height, width, self.weight.shape[0], dtype=dtype)
         rows = _rows(width * max(self.weight.shape[:2]) * x.element_size())
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             above, below = min(top, 1), min(height - bottom, 1)
-            strip = x[None, top - above : bottom + below].permute(0, 3, 1, 2)
+            strip = as_image(x[top - above : bottom + below])
             if not above or not below:
                 strip = F.pad(strip, (0, 0, 1 - above, 1 - below))
             strip = strip.contiguous(memory_format=torch.channels_last)
             out[top:bottom] = F.conv2d(strip, self.weight, self.bias, padding=(0, 1))[0].permute(1, 2, 0)
-        return out
 
 
 def _blocks(group: nn.Module, dtype: torch.dtype) -> list[_Block]:
@@ -249,37 +269,20 @@ def _rows(row_bytes: int) -> int:
     return max(1, STRIP_BYTES * torch.get_num_threads() // row_bytes)
 
 
-def _product(layer: tuple[Tensor, Tensor], x: Tensor, out: Tensor) -> None:
-    """1x1 convolution of (h, w, c) into (h, w, d)."""
-    bias, weight = layer
-    torch.addmm(bias, x.flatten(0, 1), weight, out=out.flatten(0, 1))
-
-
-def _add_product(x: Tensor, layer: tuple[Tensor, Tensor], y: Tensor) -> None:
-    """x += 1x1 convolution of y, (h, w, c) both."""
-    bias, weight = layer
-    x.flatten(0, 1).add_(bias).addmm_(y.flatten(0, 1), weight)
-
-
 def _after_norm(norm: nn.Module, conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Bias and (in, out) weights that do what the norm's scale and shift and then the convolution do."""
+    """(out, in) weights and bias that do what the norm's scale and shift and then the convolution do."""
     weight, bias = conv.weight[..., 0, 0].double(), cast(Tensor, conv.bias).double()
     if isinstance(norm, LayerNorm2d):
         bias = bias + weight @ norm.bias.double()
         weight = weight * norm.weight.double()
-    return _weights(bias, dtype), _weights(weight.t(), dtype)
+    return _weights(weight, dtype), _weights(bias, dtype)
 
 
 def _before_scale(conv: nn.Conv2d, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Bias and (in, out) weights of the convolution followed by the residual's scale (1, c, 1, 1)."""
+    """(out, in) weights and bias of the convolution followed by the residual's scale (1, c, 1, 1)."""
     factor = scale.double().flatten()
     weight, bias = conv.weight[..., 0, 0].double(), cast(Tensor, conv.bias).double()
-    return _weights(bias * factor, dtype), _weights((weight * factor[:, None]).t(), dtype)
-
-
-def _linear(layer: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Bias and (in, out) weights of a 1x1 convolution."""
-    return _weights(cast(Tensor, layer.bias), dtype), _weights(layer.weight[..., 0, 0].t(), dtype)
+    return _weights(weight * factor[:, None], dtype), _weights(bias * factor, dtype)
 
 
 def _weights(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,17 @@ import sys
 import pytest
 import torch
 
-from nafnet.memory import LADDER, available_bytes, is_out_of_memory, network_bytes, process_bytes, rungs, weights_bytes
+from nafnet.memory import (
+    LADDER,
+    available_bytes,
+    is_out_of_memory,
+    make_room,
+    network_bytes,
+    process_bytes,
+    resident_bytes,
+    rungs,
+    weights_bytes,
+)
 from nafnet.model import NetConfig
 from nafnet.recipe import Recipe, Step
 from nafnet.restore import Restorer, has_arithmetic
@@ -56,8 +66,8 @@ def test_the_plan_covers_the_peak_and_little_more(width, size, tile, precision):
 def test_the_plan_grows_with_pixels_and_precision():
     wide = NetConfig(width=32)
     photo = network_bytes(wide, 720, 1280)
-    assert network_bytes(wide, 1440, 1280) > 1.8 * photo
-    assert network_bytes(wide, 720, 1280, precision="bf16") < 0.7 * photo
+    assert network_bytes(wide, 1440, 1280) > 1.6 * photo
+    assert network_bytes(wide, 720, 1280, precision="bf16") < 0.8 * photo
     assert network_bytes(wide, 720, 1280, device="cuda") > photo
     assert network_bytes(wide, 705, 1265) == photo  # padded to a multiple of 16
     assert weights_bytes([wide]) == 4 * 17_111_907
@@ -118,10 +128,51 @@ def test_memory_that_runs_out_means_smaller_tiles(spare, said):
 
 def test_a_large_image_stays_within_what_it_may_use():
     """Scaled down from 100 megapixels: auto takes tiles where the whole image would need more."""
-    memory = 1_100_000_000
+    memory = 1_300_000_000
     restorer = Restorer([network_of(NetConfig(width=16))], Recipe((Step("w"),)), memory=memory)
     tile = restorer.tile(3000, 4000)
     assert tile is not None
     assert restorer.process_bytes(3000, 4000, tile) <= memory < restorer.process_bytes(3000, 4000, None)
     larger = [side for side in LADDER if tile < side < 4000]
     assert all(restorer.process_bytes(3000, 4000, side) > memory for side in larger)
+
+
+# Prints how many bytes live on the heap after 60 images and after 120, each of a size of its own.
+_SIZES = """
+import ctypes, random
+import numpy as np
+from nafnet import NetConfig, Network, Recipe, Restorer, Step
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"  # of mallinfo2(3)
+Info = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names.split()]})
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+network = Network(NetConfig(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))).eval()
+restorer = Restorer([network], Recipe((Step("w"),), tile="whole"))
+draw = random.Random(0)
+for count in range(1, 121):
+    restorer(np.zeros((draw.randint(16, 300), draw.randint(16, 300), 3), np.uint8))
+    if count in (60, 120):
+        print(libc.mallinfo2().uordblks)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_images_of_many_sizes_leave_no_more_behind_than_of_some():
+    run = subprocess.run([sys.executable, "-c", _SIZES], capture_output=True, text=True, check=True)
+    some, many = map(int, run.stdout.split())
+    assert many < some + 20 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
+def test_free_memory_goes_back_where_more_than_planned_would_be_held():
+    pieces = [bytearray(2**16) for _ in range(2000)]  # too small to have been mapped one by one
+    for piece in pieces:
+        piece[::4096] = b"x" * 16
+    keep = pieces[::100]  # what is free lies between
+    del pieces, piece
+    held = resident_bytes()
+    make_room(2**29, held + 2**30)
+    assert resident_bytes() > held - 2**24
+    make_room(2**29, held + 2**28)
+    assert resident_bytes() < held - 2**26
+    assert len(keep) == 20
