@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from nafnet import restore
 from nafnet.memory import (
     LADDER,
     available_bytes,
@@ -176,3 +178,14 @@ def test_free_memory_goes_back_where_more_than_planned_would_be_held():
     make_room(2**29, held + 2**28)
     assert resident_bytes() < held - 2**26
     assert len(keep) == 20
+
+
+def test_room_is_made_where_the_size_changes_for_what_the_largest_may_take(monkeypatch):
+    asked = []
+    monkeypatch.setattr(restore, "make_room", lambda needed, planned: asked.append((needed, planned)))
+    restorer = Restorer([network_of(NetConfig(width=8))], Recipe((Step("w"),), tile="whole"))
+    for side in (96, 96, 64, 128):
+        restorer(np.zeros((side, side, 3), np.uint8))
+    plans = [restorer.process_bytes(side, side, None) for side in (96, 96, 128)]
+    assert [planned for _, planned in asked] == plans
+    assert asked[1][0] < asked[0][0] < asked[2][0]

@@ -62,12 +62,11 @@ def test_sum_is_added_in_place_to_some_rows_of_a_map(h, w, c, d, dtype):
     torch.testing.assert_close(image.double(), right, atol=2 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("train_size", [None, 16])
-@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize(
+    ("family", "train_size"), [(family, None) for family in FAMILY] + [("NAFNet", 16), ("Baseline", 16)]
+)
 @pytest.mark.usefixtures("onednn")
 def test_network(family, train_size):
-    if family == "PlainNet" and train_size:
-        pytest.skip("it has no attention")
     network = network_of(NetConfig(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1), **FAMILY[family]))
     image = picture(40, 52)
     right = expected(network, image, train_size)
