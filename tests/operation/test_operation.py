@@ -30,6 +30,7 @@ from pipelines.storage import Store
 from tests.pipelines.conftest import free_port
 
 IDLE_SECONDS = 30  # after a run was stopped, within which its cluster must be free again
+LASTING = {"checkpoint": ["demo", "demo", "demo"]}  # work that does not end while the run is being stopped
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,18 @@ def execute(console: Console, command: str, shown: str) -> None:
 Whole = tuple[FlowRun, list[dict[str, Any]]]
 
 
+@pytest.fixture(scope="module")
+def elsewhere(console: Console, wheel: str) -> Whole:
+    """A run of lasting work to its end, submitted as a job, and its rows."""
+    url = console.environment["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        run = start(
+            client, "restore/gopro", **LASTING, output="s3://nafnet/restored/elsewhere",
+            ray_address=jobs_address(console), ray_wheel=wheel,
+        )  # fmt: skip
+        return complete(client, run), rows(console, "elsewhere")
+
+
 def test_a_deployment_runs_and_shows_what_it_did(console: Console, client: SyncPrefectClient, whole: Whole) -> None:
     run, made = whole
     assert [row["status"] for row in made] == ["restored"] * 8
@@ -195,9 +208,9 @@ def test_bad_parameters_are_refused_before_there_is_a_run(console: Console, clie
 
 
 def test_a_cancelled_run_frees_the_cluster_and_goes_on(
-    console: Console, client: SyncPrefectClient, whole: Whole
+    console: Console, client: SyncPrefectClient, elsewhere: Whole
 ) -> None:
-    again = {"checkpoint": "demo", "output": "s3://nafnet/restored/again"}
+    again = {**LASTING, "output": "s3://nafnet/restored/again"}
     run = start(client, "restore/gopro", **again)
     begun(console, "again")
     console.run(BIN / "prefect", "flow-run", "cancel", run)
@@ -207,14 +220,13 @@ def test_a_cancelled_run_frees_the_cluster_and_goes_on(
     assert state.is_cancelled()
     assert len(rows(console, "again")) < 8
     complete(client, start(client, "restore/gopro", **again))
-    assert rows(console, "again") == whole[1]
+    assert rows(console, "again") == elsewhere[1]
 
 
 def test_a_deployment_runs_beside_another(console: Console, client: SyncPrefectClient) -> None:
     """One model beside others, which have the cluster for long: neither waits for the other to end."""
     long = start(
-        client, "restore/gopro", checkpoint=["demo", "demo", "demo"], self_ensemble=True,
-        output="s3://nafnet/restored/long",
+        client, "restore/gopro", **LASTING, self_ensemble=True, output="s3://nafnet/restored/long"
     )  # fmt: skip
     until(lambda: cluster(console)[1] >= 1, 300)
     short = start(
@@ -244,26 +256,22 @@ def test_a_run_ends_at_its_time_limit(console: Console, client: SyncPrefectClien
 
 
 def test_a_cluster_elsewhere_takes_the_work_as_a_job(
-    console: Console, client: SyncPrefectClient, whole: Whole, wheel: str
+    console: Console, client: SyncPrefectClient, elsewhere: Whole
 ) -> None:
-    run = start(
-        client, "restore/gopro", checkpoint="demo", output="s3://nafnet/restored/elsewhere",
-        ray_address=jobs_address(console), ray_wheel=wheel,
-    )  # fmt: skip
-    complete(client, run)
-    assert rows(console, "elsewhere") == whole[1]
-    assert jobs(console)[f"restore-{run}"] == "SUCCEEDED"
-    log = of_ray(console, f"/api/jobs/restore-{run}/logs")["logs"]
+    run, made = elsewhere
+    assert [row["status"] for row in made] == ["restored"] * 8
+    assert jobs(console)[f"restore-{run.id}"] == "SUCCEEDED"
+    log = of_ray(console, f"/api/jobs/restore-{run.id}/logs")["logs"]
     [started] = [line for line in log.splitlines() if line.startswith("nafnet-pipelines ")]
     assert "py_modules_files" in started  # where Ray keeps what comes with a job: it ran the wheel
-    assert any(line.startswith("block {") for line in logs(client, run))
+    assert any(line.startswith("block {") for line in logs(client, run.id))
     idle(console)
 
 
 def test_a_job_that_a_dead_run_left_is_stopped_by_the_next_and_that_by_cancelling(
     console: Console, client: SyncPrefectClient
 ) -> None:
-    left = {"checkpoint": "demo", "output": "s3://nafnet/restored/left", "ray_address": jobs_address(console)}
+    left = {**LASTING, "output": "s3://nafnet/restored/left", "ray_address": jobs_address(console)}
     dead = start(client, "restore/gopro", **left)
     until(lambda: jobs(console).get(f"restore-{dead}") == "RUNNING", 300)
     for pid in [console.pids["worker"][0], *processes_of(dead)]:  # nobody is left who could stop it
@@ -328,10 +336,10 @@ def events(console: Console) -> set[str]:
 
 @pytest.mark.parametrize("submitted", [False, True], ids=["joined", "submitted"])
 def test_a_worker_that_is_terminated_leaves_nothing_running_and_its_run_goes_on(
-    console: Console, client: SyncPrefectClient, whole: Whole, submitted: bool
+    console: Console, client: SyncPrefectClient, elsewhere: Whole, submitted: bool
 ) -> None:
     output = f"ending-{submitted}"
-    ending = {"checkpoint": "demo", "output": f"s3://nafnet/restored/{output}"}
+    ending = {**LASTING, "output": f"s3://nafnet/restored/{output}"}
     if submitted:
         ending["ray_address"] = jobs_address(console)
     run = start(client, "restore/gopro", **ending)
@@ -346,7 +354,7 @@ def test_a_worker_that_is_terminated_leaves_nothing_running_and_its_run_goes_on(
     client.set_flow_run_state(run, Crashed(message="its worker is gone"), force=True)  # or wait five minutes
     consoles.worker(console)
     complete(client, start(client, "restore/gopro", **ending))
-    assert rows(console, output) == whole[1]
+    assert rows(console, output) == elsewhere[1]
 
 
 def test_what_stops_is_gone(console: Console) -> None:
