@@ -23,7 +23,7 @@ STRIP_BYTES = 2**22  # of the widest map in a strip of `nafnet.strips`, for each
 
 _LIBRARIES_BYTES = 560 * 2**20  # a process that has imported torch and Ray and compiled loops, but restored nothing
 _STRIP_MAPS = 6  # of at most STRIP_BYTES a thread, alive at once
-_GAPS_BYTES = 128 * 2**20  # that strips which come and go leave between what stays
+_GAPS_BYTES = 192 * 2**20  # that strips which come and go leave between what stays
 _SHARE = 0.6  # of a machine's memory; the rest is for its other work
 _DEVICE_SHARE = 0.9  # of what is free on a GPU
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
@@ -105,22 +105,31 @@ def available_bytes(device: str = "cpu", share: float = 1.0) -> int:
     return int(total * share * _SHARE)
 
 
-def make_room(needed: int, planned: int) -> None:
-    """Let the system have what the C library keeps, where this process would come to hold more than planned (bytes).
+def make_room(planned: int, most: int, at_once: int) -> None:
+    """Let the system have what the C library keeps, where this process would come to hold more than planned.
 
     What is freed is kept for later, in pieces between others that stay: the next image of another size finds few that
     fit, and takes as much again.
+
+    Args:
+        planned: `process_bytes` of the next image.
+        most: of the largest image so far.
+        at_once: images that are being restored now, with the next.
     """
-    if _trim is not None and resident_bytes() + needed > planned:
+    if _trim is None:
+        return
+    needed, allowed = planned - _LIBRARIES_BYTES, _LIBRARIES_BYTES + at_once * (most - _LIBRARIES_BYTES)
+    if resident_bytes() + needed > allowed:
         _trim(0)
 
 
 def resident_bytes() -> int:
-    """What this process holds now; 0 where the system does not say (macOS)."""
+    """What this process holds now, but for memory shared with others; 0 where the system does not say (macOS)."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        status = Path("/proc/self/status").read_text()
     except FileNotFoundError:
         return 0
+    return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssFile"))) * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable
 from typing import Literal
 
-# What oneDNN and torch's layer above it have compiled for a shape they keep, half a megabyte of it, for 1024 shapes
-# each. Images of one size have about a hundred; without a bound, images of many sizes took 14 to 18 MB more each.
+# What oneDNN and torch's layer above it have compiled for a shape they keep, for 1024 shapes each: images of many sizes
+# took 14 to 18 MB more each. Those of one size have some 60 shapes in a network. Read when oneDNN is first used.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
 

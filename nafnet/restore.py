@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nafnet import catalog, checkpoint
 from nafnet.device import DeviceNetwork
-from nafnet.memory import DTYPES, available_bytes, is_out_of_memory, make_room, process_bytes, resident_bytes, rungs
+from nafnet.memory import DTYPES, available_bytes, is_out_of_memory, make_room, process_bytes, rungs
 from nafnet.metrics import data_range_of, quantize
 from nafnet.model import Network, parameters
 from nafnet.pointwise import has_onednn
@@ -81,6 +81,8 @@ class Restorer:
         self.memory = available_bytes(device) if memory is None else memory
         self._size = 0, 0  # of the last image
         self._planned = 0  # for the largest so far
+        self._under_way = 0  # images
+        self._counting = Lock()
         self._stride = max(config.stride for config in self.configs)
         window = max(
             windows(config, step.train_size)[0] if step.train_size is not None else 0
@@ -105,7 +107,6 @@ class Restorer:
         self._proven = len(precisions) == 1
         self._proving = Lock()
         self._networks = {name: [self._ready(network, name) for network in networks] for name in precisions}
-        self._at_first = resident_bytes()
 
     @classmethod
     def load(
@@ -171,22 +172,22 @@ class Restorer:
         """
         colour = self._colour(image)
         height, width = image.shape[:2]
-        self._make_room(height, width)
-        doubt = self._doubt(colour)  # first, since float32 may need smaller tiles
-        memory: str | None = None
-        for tile in self._rungs(height, width):
-            try:
-                with self._settings():
-                    values, precision, reason = self._attempt(colour, tile, doubt)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                memory = f"out of memory {'with tiles of ' + str(tile) + ' px' if tile else 'as a whole'}"
-            self._release()
-        else:
-            raise MemoryError(f"{memory}: give the actor more memory, or set a smaller tile")
-        return self._conclude(image, values, tile, precision, "; ".join(filter(None, (memory, reason))) or None)
+        with self._room(height, width):
+            doubt = self._doubt(colour)  # first, since float32 may need smaller tiles
+            memory: str | None = None
+            for tile in self._rungs(height, width):
+                try:
+                    with self._settings():
+                        values, precision, reason = self._attempt(colour, tile, doubt)
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    memory = f"out of memory {'with tiles of ' + str(tile) + ' px' if tile else 'as a whole'}"
+                self._release()
+            else:
+                raise MemoryError(f"{memory}: give the actor more memory, or set a smaller tile")
+            return self._conclude(image, values, tile, precision, "; ".join(filter(None, (memory, reason))) or None)
 
     def batch(self, height: int, width: int) -> int:
         """How many images of this size (px) `restore_batch` takes through the network at once."""
@@ -282,14 +283,21 @@ class Restorer:
                 ladder = ladder[1:]
         return ladder
 
-    def _make_room(self, height: int, width: int) -> None:
-        """Where images of one size follow each other, memory fits again: fresh memory would take longer."""
-        if self.device != "cpu" or (height, width) == self._size:
-            return
-        self._size = height, width
+    @contextmanager
+    def _room(self, height: int, width: int) -> Iterator[None]:
+        """Of an image that is restored meanwhile. Those of one size fit where the last was: fresh memory is slower."""
         planned = self.process_bytes(height, width, self.tile(height, width))
-        self._planned = max(self._planned, planned)
-        make_room(planned - self._at_first, self._planned)
+        with self._counting:
+            self._under_way += 1
+            at_once, fits = self._under_way, (height, width) == self._size
+            self._size, self._planned = (height, width), max(self._planned, planned)
+        try:
+            if self.device == "cpu" and not fits:
+                make_room(planned, self._planned, at_once)
+            yield
+        finally:
+            with self._counting:
+                self._under_way -= 1
 
     def _plan(self, height: int, width: int, tile: int | None) -> list[Piece]:
         """The tiles, or none when the image goes through at once."""

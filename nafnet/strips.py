@@ -286,4 +286,4 @@ def _before_scale(conv: nn.Conv2d, scale: Tensor, dtype: torch.dtype) -> tuple[T
 
 
 def _weights(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.detach().to(dtype).contiguous()
+    return values.detach().to(dtype, copy=True).contiguous()

@@ -78,5 +78,4 @@ def test_network(family, train_size):
 
 def test_without_onednn_in_torch_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.delattr(torch.ops, "mkldnn", raising=False)
     assert not any(has_onednn(dtype) for dtype in TOLERANCE)

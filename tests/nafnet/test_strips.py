@@ -145,3 +145,15 @@ def test_low_precision(dtype):
     close = in_strips(network, image, dtype)
     assert close.dtype == torch.float32
     assert 1e-6 < float((close - exact).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_its_weights_are_its_own(family):
+    network = network_of(NetConfig(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1), **FAMILY[family]))
+    image = picture(40, 52)[0].permute(1, 2, 0)
+    strips = StripNetwork(network)
+    before = strips(image)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2)
+    assert torch.equal(strips(image), before)
