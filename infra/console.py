@@ -18,6 +18,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,12 +83,12 @@ class Console:
         if not self.running(name):
             return
         pid, _ = self.pids[name]
-        os.kill(pid, signal.SIGINT if name == "postgres" else signal.SIGTERM)  # SIGTERM has it wait for its clients
+        _send(pid, signal.SIGINT if name == "postgres" else signal.SIGTERM)  # SIGTERM has it wait for its clients
         deadline = time.monotonic() + _STOP_SECONDS
         while self.running(name) and time.monotonic() < deadline:
             time.sleep(0.1)
         for one in _session(pid):
-            os.kill(one, signal.SIGKILL)
+            _send(one, signal.SIGKILL)
 
     def run(self, *command: object) -> str:
         """The output of a command. Raises RuntimeError with what it said when it fails."""
@@ -276,6 +277,12 @@ def _since(pid: int) -> str:
     """When a process started, in ticks since boot; "" when it is gone or a zombie."""
     stat = _stat(pid)
     return stat[19] if stat and stat[0] != "Z" else ""
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    """A signal, to a process that may have ended since it was seen."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _session(leader: int) -> list[int]:
