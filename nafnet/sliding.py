@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import carray, types
-from numba.extending import overload
+from numba import carray
 from torch import Tensor
 
+from nafnet.halves import as_float32, numbers_of, put
 from nafnet.team import SIZES, Loop, take, threads
 
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # how numbers that numpy or Numba lack are passed
 # Sums run for as long as the image is, so they are kept with more than twice the digits of what is summed: the rounding
 # errors that gather in them stay far below the last digit of the largest numbers that they have held.
 _SUMS: dict[Any, Any] = {
@@ -75,9 +74,9 @@ class SlidingMeans:
         return self._means[:rows]
 
     def _move(self, enters: Tensor, leaves: Tensor, means: Tensor) -> None:
-        new, old = _numbers(enters), _numbers(leaves)
+        new, old = numbers_of(enters), numbers_of(leaves)
         sizes = self._parts, *new.shape, self.columns, self._sums.shape[1]
-        _slide(new.dtype)(sizes, new, old, self._sums, self._share, _numbers(means))
+        _slide(new.dtype)(sizes, new, old, self._sums, self._share, numbers_of(means))
 
 
 def mean(x: Tensor) -> Tensor:
@@ -96,82 +95,18 @@ def times(y: Tensor, scale: Tensor, shift: int, out: Tensor) -> Tensor:
     if not y.dtype == scale.dtype == out.dtype:
         raise ValueError(f"one dtype needed, got {y.dtype}, {scale.dtype} and {out.dtype}")
     height, width, channels = y.shape
-    numbers = _numbers(y)
+    numbers = numbers_of(y)
     sizes = threads(height), height, width, channels, *scale.shape[:2], shift
-    _multiply(numbers.dtype)(sizes, numbers, _numbers(scale), _numbers(out))
+    _multiply(numbers.dtype)(sizes, numbers, numbers_of(scale), numbers_of(out))
     return out
 
 
 def _sums_of_columns(x: Tensor) -> npt.NDArray[Any]:
     """(h, W, C) to (W, C)."""
-    numbers = _numbers(x)
+    numbers = numbers_of(x)
     sums: npt.NDArray[Any] = np.zeros(numbers.shape[1:], _SUMS[numbers.dtype])
     _add_rows(numbers.dtype)((threads(len(sums)), len(numbers), sums.size), numbers, sums)
     return sums
-
-
-def _numbers(x: Tensor) -> npt.NDArray[Any]:
-    bits = _BITS.get(x.dtype)
-    return (x if bits is None else x.view(bits)).numpy()
-
-
-def _float32(number: Any) -> Any:
-    """What `_numbers` gave, in a compiled loop: a name for what `_to_float32` puts there."""
-    raise NotImplementedError  # outside a compiled loop a number does not tell which of the three it is
-
-
-@overload(_float32)
-def _to_float32(number):  # type: ignore[no-untyped-def] # numba compares these signatures
-    if isinstance(number, types.Float):
-        return lambda number: number
-    if number == types.uint16:  # bfloat16 is the upper half of a float32
-        return lambda number: np.uint32(np.uint32(number) << 16).view(np.float32)
-    factor = np.float32(2.0**112)
-
-    def of_half(number):  # type: ignore[no-untyped-def]
-        # Sign, exponent (biased by 15) and fraction of a float16 are put in their places in a float32 (biased by 127).
-        bits = np.uint32(np.uint16(number))
-        placed = np.uint32((bits & np.uint32(0x8000)) << 16 | (bits & np.uint32(0x7FFF)) << 13)
-        finite = placed.view(np.float32) * factor
-        endless = np.uint32(placed | np.uint32(0x7F800000)).view(np.float32)
-        return endless if bits & np.uint32(0x7C00) == np.uint32(0x7C00) else finite
-
-    return of_half
-
-
-def _put(out: Any, i: int, value: Any) -> None:
-    """out[i] = value rounded half to even, in a compiled loop: a name for what `_rounded` puts there."""
-    raise NotImplementedError  # outside a compiled loop an array of bits does not tell which of the three it holds
-
-
-@overload(_put)
-def _rounded(out, i, value):  # type: ignore[no-untyped-def] # noqa: ARG001 - numba compares these signatures
-    if isinstance(out.dtype, types.Float):
-
-        def as_it_is(out, i, value):  # type: ignore[no-untyped-def]
-            out[i] = value
-
-        return as_it_is
-    if out.dtype == types.uint16:
-
-        def to_bfloat16(out, i, value):  # type: ignore[no-untyped-def]
-            # NaN stays NaN: what computations make, and what is read of a bfloat16, has zeros in its lower half.
-            bits = np.float32(value).view(np.uint32)
-            out[i] = np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
-
-        return to_bfloat16
-    factor = np.float32(2.0**-112)
-
-    def to_half(out, i, value):  # type: ignore[no-untyped-def]
-        bits = np.float32(value).view(np.uint32)
-        size = np.uint32(bits & np.uint32(0x7FFFFFFF))
-        placed = np.float32(size.view(np.float32) * factor).view(np.uint32)
-        half = np.uint32((placed + np.uint32(0xFFF) + (placed >> np.uint32(13) & np.uint32(1))) >> np.uint32(13))
-        half = min(half, np.uint32(0x7C00))  # infinity
-        half = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else half  # NaN
-        out[i] = np.int16(np.uint16(half | (bits >> np.uint32(16) & np.uint32(0x8000))))
-
-    return to_half
 
 
 @cache
@@ -196,12 +131,12 @@ def _add_rows(number: np.dtype[Any]) -> Loop:
                 a, b = x[row, start:stop], x[row + 1, start:stop]
                 c, d = x[row + 2, start:stop], x[row + 3, start:stop]
                 for i in range(stop - start):
-                    two = wide(_float32(a[i])) + wide(_float32(b[i]))
-                    mine[i] += two + (wide(_float32(c[i])) + wide(_float32(d[i])))
+                    two = wide(as_float32(a[i])) + wide(as_float32(b[i]))
+                    mine[i] += two + (wide(as_float32(c[i])) + wide(as_float32(d[i])))
             for row in range(fours, height):
                 a = x[row, start:stop]
                 for i in range(stop - start):
-                    mine[i] += wide(_float32(a[i]))
+                    mine[i] += wide(as_float32(a[i]))
 
     return Loop(loop)
 
@@ -237,7 +172,7 @@ def _slide(number: np.dtype[Any]) -> Loop:
                 for i in range(start, stop + side - 1):
                     new, old, column = enters[row, i], leaves[row, i], columns[i - start]
                     for c in range(channels):  # not in one with the next: over so many arrays it is not vectorized
-                        column[c] += wide(_float32(new[c])) - wide(_float32(old[c]))
+                        column[c] += wide(as_float32(new[c])) - wide(as_float32(old[c]))
                     first = i - side + 1
                     if first < start:
                         for c in range(channels):
@@ -246,7 +181,7 @@ def _slide(number: np.dtype[Any]) -> Loop:
                         behind, result = columns[first - start], means[row, first]
                         for c in range(channels):
                             total = window[c] + column[c]
-                            _put(result, c, total * share)
+                            put(result, c, total * share)
                             window[c] = total - behind[c]
 
     return Loop(loop)
@@ -273,14 +208,14 @@ def _multiply(number: np.dtype[Any]) -> Loop:
                 for i in range(left):
                     a, b = y[row, i], out[row, i]
                     for c in range(channels):
-                        _put(b, c, _float32(a[c]) * _float32(of_row[c]))
+                        put(b, c, as_float32(a[c]) * as_float32(of_row[c]))
                 a, b = y[row, left : left + m].reshape(m * channels), out[row, left : left + m].reshape(m * channels)
                 for c in range(m * channels):
-                    _put(b, c, _float32(a[c]) * _float32(of_row[c]))
+                    put(b, c, as_float32(a[c]) * as_float32(of_row[c]))
                 last = of_row[(m - 1) * channels :]
                 for i in range(left + m, width):
                     a, b = y[row, i], out[row, i]
                     for c in range(channels):
-                        _put(b, c, _float32(a[c]) * _float32(last[c]))
+                        put(b, c, as_float32(a[c]) * as_float32(last[c]))
 
     return Loop(loop)

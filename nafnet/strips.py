@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from nafnet.memory import STRIP_BYTES
 from nafnet.model import SIGMAS, Block, LayerNorm2d, NetConfig, Network
+from nafnet.normalize import normalize
 from nafnet.pointwise import Pointwise, PointwiseSum, Then, as_image
 from nafnet.sliding import SlidingMeans, mean, times
 from nafnet.tlc import LocalAvgPool2d
@@ -186,7 +187,7 @@ class _Block:
         return means
 
     def _norm(self, x: Tensor, half: int) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.norms[half] else x
+        return normalize(x) if self.norms[half] else x
 
     def _activate(self, y: Tensor, out: Tensor) -> None:
         if self.activation == "gate":

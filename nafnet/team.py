@@ -30,14 +30,16 @@ class Loop:
 
     `function(call)` finds its whole numbers, the number of parts first, as `carray(call[1], (SIZES,), np.int64)`, and
     its arrays at call[2], call[3] and so on. It does part `take(call[0])` until that is the number of parts. Nobody
-    hears of an exception in it: whatever can be wrong is checked before.
+    hears of an exception in it: whatever can be wrong is checked before. With `any_order` sums of floats are added up
+    in whatever order is fast, the same each time.
     """
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
+    def __init__(self, function: Callable[[Any], None], *, any_order: bool = False) -> None:
+        liberties = {"reassoc", "contract"} if any_order else set[str]()
         try:
-            self._compiled = cfunc(_CALL, cache=True)(function)
+            self._compiled = cfunc(_CALL, cache=True, fastmath=liberties)(function)
         except RuntimeError:  # nowhere to write to: each process compiles for itself, about a second
-            self._compiled = cfunc(_CALL)(function)
+            self._compiled = cfunc(_CALL, fastmath=liberties)(function)
 
     def __call__(self, sizes: tuple[int, ...], *arrays: npt.NDArray[Any]) -> None:
         """Run it to its end. `sizes` starts with the number of parts; arrays that are not C-contiguous are refused."""
