@@ -21,9 +21,10 @@ def normalize(x: Tensor) -> Tensor:
     Where x is not finite, the pixel is not.
     """
     height, width, channels = x.shape
+    pixels = height * width
     out = torch.empty_like(x)
     numbers = numbers_of(x)
-    _normalize(numbers.dtype)((threads(height), height, width, channels), numbers, numbers_of(out))
+    _normalize(numbers.dtype)((threads(pixels), pixels, channels), numbers, numbers_of(out))
     return out
 
 
@@ -31,16 +32,16 @@ def normalize(x: Tensor) -> Tensor:
 def _normalize(number: np.dtype[Any]) -> Loop:
     def loop(call: Any) -> None:
         sizes = carray(call[1], (SIZES,), np.int64)
-        parts, height, width, channels = sizes[0], sizes[1], sizes[2], sizes[3]
-        x = carray(call[2], (height * width, channels), number)
-        out = carray(call[3], (height * width, channels), number)
+        parts, pixels, channels = sizes[0], sizes[1], sizes[2]
+        x = carray(call[2], (pixels, channels), number)
+        out = carray(call[3], (pixels, channels), number)
         share, epsilon, one = np.float32(1 / channels), np.float32(1e-6), np.float32(1)
         apart = np.empty(channels, np.float32)
         while True:
             part = take(call[0])
             if part >= parts:
                 break
-            for pixel in range(part * height // parts * width, (part + 1) * height // parts * width):
+            for pixel in range(part * pixels // parts, (part + 1) * pixels // parts):
                 a, b = x[pixel], out[pixel]
                 total = np.float32(0)
                 for c in range(channels):
