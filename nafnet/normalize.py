@@ -1,6 +1,6 @@
 """The layer norm of each pixel, without scale and shift, on the CPU.
 
-torch's takes about twice as long in 16 bits, and four times in float32, where it has no fast way without a scale.
+torch's takes about twice as long in bf16, and four times in float32, where it has no fast way without a scale.
 """
 
 from functools import cache

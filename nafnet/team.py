@@ -31,7 +31,7 @@ class Loop:
     `function(call)` finds its whole numbers, the number of parts first, as `carray(call[1], (SIZES,), np.int64)`, and
     its arrays at call[2], call[3] and so on. It does part `take(call[0])` until that is the number of parts. Nobody
     hears of an exception in it: whatever can be wrong is checked before. With `any_order` sums of floats are added up
-    in whatever order is fast, the same each time.
+    in whatever order is fast, with no rounding of products in them, the same each time.
     """
 
     def __init__(self, function: Callable[[Any], None], *, any_order: bool = False) -> None:

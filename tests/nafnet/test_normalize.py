@@ -6,12 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from nafnet.normalize import normalize
+from tests.nafnet.conftest import noise
 
 CHANNELS = (1, 2, 3, 8, 16, 33, 64, 512)
-
-
-def noise(*size: int) -> Tensor:
-    return torch.rand(*size, generator=torch.Generator().manual_seed(1))
 
 
 def exact(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,14 +17,6 @@ def exact(x: Tensor) -> tuple[Tensor, Tensor]:
     apart = x - x.mean(-1, keepdim=True)
     deviation = (apart.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return apart / deviation, (1 + x.abs().amax(-1, keepdim=True) / deviation) * 2**-24
-
-
-@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
-def _threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("_threads")

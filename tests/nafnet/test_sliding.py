@@ -9,14 +9,7 @@ from torch import Tensor
 from nafnet.model import spread
 from nafnet.sliding import SlidingMeans, mean, times
 from tests.nafnet import reference
-
-
-@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
-def _threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+from tests.nafnet.conftest import noise
 
 
 def exact(x: Tensor, side: int) -> Tensor:
@@ -42,10 +35,6 @@ def at_each_pixel(x: Tensor, side: int, rows: int = 16) -> Tensor:
 def worst(x: Tensor, side: int, rows: int = 16) -> float:
     """How far any mean is from the exact one."""
     return float((at_each_pixel(x, side, rows) - exact(x, side)).abs().max())
-
-
-def noise(*size: int) -> Tensor:
-    return torch.rand(*size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.usefixtures("_threads")
