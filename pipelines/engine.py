@@ -89,6 +89,10 @@ _LEAST_SHARE = 0.1  # CPUs of an actor on a machine with one
 _RETRIES = 0  # of a block whose process died: its images are tried alone; Ray Data would go on for ever
 _JUDGED = 8  # images that fail one after the other before the job is taken to be at fault
 _TOKEN = secrets.token_hex(32)
+# Ray Data's default gives a job what its tasks reserve just now, and of what a node has left only whole CPUs: on two,
+# scoring and writing would be held to one task at a time. That is for a cluster that grows, which a Ray of our own
+# does not; the older one lets it have all.
+_AUTOSCALER = "RAY_DATA_CLUSTER_AUTOSCALER"
 _REACH_SECONDS = 10  # for a head to take a connection
 _MACHINES_SECONDS = 30  # for the nodes to say what they are
 _SETTLE_SECONDS = 3  # in which what a job has just given back counts as free
@@ -198,9 +202,10 @@ def connect(address: str, *, verbose: bool = False) -> Iterator[Cluster]:
     logging.getLogger("ray.data").setLevel(level)
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_terminate = signal.getsignal(signal.SIGTERM) if in_main_thread else None
-    kept = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    kept = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", _AUTOSCALER)}
     if address == "local":  # it listens on the network: a token of its own, which Ray else writes into HOME
         os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
+        os.environ.setdefault(_AUTOSCALER, "V2")
     dashboard = False if address == "local" else None  # None: whatever the cluster that is joined has
     with _stderr_shut(not verbose):
         ray.init(address=address, logging_level=level, log_to_driver=verbose, include_dashboard=dashboard)
