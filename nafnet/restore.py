@@ -35,7 +35,8 @@ _CROP_PX = 256
 # the strongest noise that networks are trained on (sigma 50 of 255) is 0.2.
 SUSPECT_RMS = 0.25
 _BAND_VALUES = 2**22  # converted at once between integers and floats
-BATCH_PIXELS = 2**22  # in one pass through the network on a GPU: enough to fill one
+# In one pass through the network. Enough to fill a GPU; on a CPU what is asked of torch for each image counts no more.
+BATCH_PIXELS = {"gpu": 2**22, "cpu": 2**16}
 _SIDES = (-3, -2)  # the axes of height and width
 
 
@@ -79,7 +80,7 @@ class Restorer:
         self.recipe = recipe
         self.device = device
         self.memory = available_bytes(device) if memory is None else memory
-        self._size = 0, 0  # of the last image
+        self._size = 0, 0, 0  # of the last images: how many, height and width
         self._planned = 0  # for the largest so far
         self._under_way = 0  # images
         self._counting = Lock()
@@ -191,11 +192,12 @@ class Restorer:
 
     def batch(self, height: int, width: int) -> int:
         """How many images of this size (px) `restore_batch` takes through the network at once."""
-        if self.device == "cpu" or self.recipe.deterministic or self.tile(height, width) is not None:
-            return 1  # a CPU gains nothing; bits must not hang on an image's company; tiles are large enough
-        fixed = self.process_bytes(0, 0, None)  # the weights
+        if self.recipe.deterministic or self.tile(height, width) is not None:
+            return 1  # bits must not hang on an image's company; tiles are large enough
+        fixed = self.process_bytes(0, 0, None)
         fits = (self.memory - fixed) // max(1, self.process_bytes(height, width, None) - fixed)
-        return max(1, min(fits, BATCH_PIXELS // (height * width)))
+        most = BATCH_PIXELS["cpu" if self.device == "cpu" else "gpu"]
+        return max(1, min(fits, most // (height * width)))
 
     def restore_batch(self, images: Sequence[Pixels]) -> list[Restored]:
         """`restore` for images of one shape and dtype, `batch` of them at once; the same values, to rounding.
@@ -212,9 +214,10 @@ class Restorer:
         if len(images) == 1:
             return [self.restore(images[0])]
         colours = cast(Pixels, np.stack([self._colour(image) for image in images]))
+        count, height, width, _ = colours.shape
         doubt = self._doubt(colours[0])
         try:
-            with self._settings():
+            with self._room(height, width, count), self._settings():
                 values, precision, reason = self._attempt(colours, None, doubt)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -263,7 +266,7 @@ class Restorer:
         return "\n".join(lines)
 
     def _ready(self, network: Network, precision: Precision) -> Callable[[Tensor], Tensor]:
-        """(H, W, C) float32 on the CPU to the same; on a GPU batches of them, too."""
+        """([N,] H, W, C) float32 in the CPU's memory to the same."""
         if self.device == "cpu":
             from nafnet.strips import StripNetwork  # noqa: PLC0415 - a compiler, 120 MB that only a CPU's actors need
 
@@ -284,13 +287,15 @@ class Restorer:
         return ladder
 
     @contextmanager
-    def _room(self, height: int, width: int) -> Iterator[None]:
-        """Of an image that is restored meanwhile. Those of one size fit where the last was: fresh memory is slower."""
+    def _room(self, height: int, width: int, count: int = 1) -> Iterator[None]:
+        """Of images that are restored meanwhile. Those of one size fit where the last were: fresh memory is slower."""
         planned = self.process_bytes(height, width, self.tile(height, width))
+        planned += (count - 1) * (planned - self.process_bytes(0, 0, None))
+        size = count, height, width
         with self._counting:
             self._under_way += 1
-            at_once, fits = self._under_way, (height, width) == self._size
-            self._size, self._planned = (height, width), max(self._planned, planned)
+            at_once, fits = self._under_way, size == self._size
+            self._size, self._planned = size, max(self._planned, planned)
         try:
             if self.device == "cpu" and not fits:
                 make_room(planned, self._planned, at_once)

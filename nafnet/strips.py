@@ -41,8 +41,10 @@ class StripNetwork:
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
-        """Restore (H, W, image_channels) float32, about [0, 1]: what `Network` gives, to 1e-5 in float32."""
-        height, width, _ = image.shape
+        """Restore ([N,] H, W, image_channels) float32, about [0, 1]: what `Network` gives, to 1e-5 in float32."""
+        if image.ndim == 3:
+            return self(image[None])[0]
+        _, height, width, _ = image.shape
         stride = self.config.stride
         if height % stride or width % stride:  # padding by nothing would copy the image
             image = F.pad(image, (0, 0, 0, -width % stride, 0, -height % stride))
@@ -50,8 +52,8 @@ class StripNetwork:
         # what some of them compute.
         config = self.config
         inner = config.width * config.dw_expand // (2 if config.activation == "gate" else 1)
-        space = image.new_empty(image.shape[0] * image.shape[1] * inner, dtype=self.dtype)
-        x, *deeper = self._maps(*image.shape[:2])
+        space = image.new_empty(image.shape[1] * image.shape[2] * inner, dtype=self.dtype)
+        x, *deeper = self._maps(*image.shape[:3])
         self._intro(image.to(self.dtype), x)
         skips = []
         for encoder, down, below in zip(self._encoders, self._downs, deeper, strict=True):
@@ -69,12 +71,13 @@ class StripNetwork:
         del space
         restored = torch.empty_like(image)
         self._ending(x, restored)
-        return restored.add_(image)[:height, :width]
+        return restored.add_(image)[:, :height, :width]
 
-    def _maps(self, height: int, width: int) -> list[Tensor]:
-        """A feature map for each level, in one piece of memory: strips between them would leave gaps."""
+    def _maps(self, count: int, height: int, width: int) -> list[Tensor]:
+        """The images' feature maps on each level, in one piece of memory: strips between them would leave gaps."""
         shapes = [
-            (height >> level, width >> level, self.config.width << level) for level in range(self.config.levels + 1)
+            (count, height >> level, width >> level, self.config.width << level)
+            for level in range(self.config.levels + 1)
         ]
         sizes = [math.prod(shape) for shape in shapes]
         pieces = torch.split(torch.empty(sum(sizes), dtype=self.dtype), sizes)
@@ -82,7 +85,7 @@ class StripNetwork:
 
 
 class _Block:
-    """One residual block; (H, W, C) is changed in place."""
+    """One residual block; (N, H, W, C) is changed in place."""
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         self.norms = isinstance(block.norm1, LayerNorm2d), isinstance(block.norm2, LayerNorm2d)
@@ -109,9 +112,30 @@ class _Block:
 
     def __call__(self, x: Tensor, space: Tensor) -> None:
         """`space` is memory for (H, W, inner)."""
-        height, width, _ = x.shape
-        inner = self.conv3.weight.shape[1]
-        y = space[: height * width * inner].view(height, width, inner)
+        _, height, width, _ = x.shape
+        wide, inner = self.depthwise[0].shape[0], self.conv3.weight.shape[1]
+        together = _rows(height * width * wide * x.element_size(), least=0)
+        if together and (self.window is None or self.window >= max(height, width)):
+            for images in torch.split(x, together):
+                self._at_once(images)
+            return
+        for image in x:
+            self._walk(image, space[: height * width * inner].view(height, width, inner))
+
+    def _at_once(self, x: Tensor) -> None:
+        """Images (n, H, W, C) that one strip holds, without a local window."""
+        rows = x.flatten(0, 1)
+        z = self.conv1(self._norm(rows, 0)).view(*x.shape[:3], -1)
+        z = F.conv2d(z.permute(0, 3, 1, 2), *self.depthwise, padding=1, groups=z.shape[3]).permute(0, 2, 3, 1)
+        y = self._activate(z, z.new_empty(*x.shape[:3], self.conv3.weight.shape[1]))
+        if self.attention:
+            y *= self._scale(y.mean((1, 2), keepdim=True, dtype=torch.float32).to(y.dtype).flatten(1, 2))[:, None]
+        self.conv3(rows, y.flatten(0, 1))
+        self.conv5(rows, self._gate(self.conv4(self._norm(rows, 1))))
+
+    def _walk(self, x: Tensor, y: Tensor) -> None:
+        """One image (H, W, C), in strips; y is memory for (H, W, inner)."""
+        height, width, inner = y.shape
         self._first_walk(x, y)
         if self.window is not None and self.window < max(height, width):
             self._second_walk(x, y, self.conv3, self.window)
@@ -189,13 +213,12 @@ class _Block:
     def _norm(self, x: Tensor, half: int) -> Tensor:
         return normalize(x) if self.norms[half] else x
 
-    def _activate(self, y: Tensor, out: Tensor) -> None:
+    def _activate(self, y: Tensor, out: Tensor) -> Tensor:
         if self.activation == "gate":
-            self._gate(y, out)
-        elif self.activation == "gelu":
-            torch.ops.aten.gelu.out(y, out=out)
-        else:
-            torch.clamp(y, min=0, out=out)
+            return self._gate(y, out)
+        if self.activation == "gelu":
+            return cast(Tensor, torch.ops.aten.gelu.out(y, out=out))
+        return torch.clamp(y, min=0, out=out)
 
     def _gate(self, y: Tensor, out: Tensor | None = None) -> Tensor:
         """One half times the other, where it was not another activation that went before."""
@@ -213,7 +236,8 @@ class _Down:
         self.layer = Pointwise(_weights(weight.permute(0, 2, 3, 1).flatten(1), dtype), _weights(bias, dtype))
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
-        """(H, W, C) to (H / 2, W / 2, 2 C), which is `out`."""
+        """(N, H, W, C) to (N, H / 2, W / 2, 2 C), which is `out`."""
+        x, out = x.flatten(0, 1), out.flatten(0, 1)  # one image below the other
         height, width, channels = x.shape
         pixels = x.view(height // 2, 2, width // 2, 2, channels).transpose(1, 2)
         rows = _rows(2 * width * channels * x.element_size())
@@ -231,6 +255,8 @@ class _Up:
         )
 
     def __call__(self, x: Tensor, skip: Tensor) -> Tensor:
+        """(N, H, W, C), added to the skip (N, 2 H, 2 W, C / 2), which comes back."""
+        x = x.flatten(0, 1)  # one image below the other
         height, width, channels = x.shape
         pixels = skip.view(height, 2, width, 2, channels // 2).transpose(1, 2)
         rows = _rows(2 * width * channels * x.element_size())
@@ -248,9 +274,20 @@ class _Conv3x3:
         self.bias = _weights(cast(Tensor, conv.bias), dtype)
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
-        """(H, W, c) to (H, W, d), which is `out`, of whatever dtype."""
-        height, width, _ = x.shape
-        rows = _rows(width * max(self.weight.shape[:2]) * x.element_size())
+        """(N, H, W, c) to (N, H, W, d), which is `out`, of whatever dtype."""
+        _, height, width, _ = x.shape
+        row_bytes = width * max(self.weight.shape[:2]) * x.element_size()
+        together = _rows(height * row_bytes, least=0)
+        if together:
+            for images, outs in zip(torch.split(x, together), torch.split(out, together), strict=True):
+                strip = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+                outs.copy_(F.conv2d(strip, self.weight, self.bias, padding=1).permute(0, 2, 3, 1))
+            return
+        for image, one in zip(x, out, strict=True):
+            self._walk(image, one, _rows(row_bytes))
+
+    def _walk(self, x: Tensor, out: Tensor, rows: int) -> None:
+        height = len(x)
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             above, below = min(top, 1), min(height - bottom, 1)
@@ -265,9 +302,9 @@ def _blocks(group: nn.Module, dtype: torch.dtype) -> list[_Block]:
     return [_Block(cast(Block, block), dtype) for block in cast(nn.Sequential, group)]
 
 
-def _rows(row_bytes: int) -> int:
-    """Rows in a strip."""
-    return max(1, STRIP_BYTES * torch.get_num_threads() // row_bytes)
+def _rows(row_bytes: int, *, least: int = 1) -> int:
+    """Rows in a strip, or images."""
+    return max(least, STRIP_BYTES * torch.get_num_threads() // row_bytes)
 
 
 def _after_norm(norm: nn.Module, conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,8 @@ class RestoreActor:
         calls = list[tuple[list[int], int]]()
         for (height, width, *_), places in groups.items():
             most, at_once = self.restorer.batch(height, width), self._at_once(height, width)
+            if self.work.device == "cpu":
+                most = min(most, -(-len(places) // at_once))  # else some threads would have none
             calls += [(places[i : i + most], at_once) for i in range(0, len(places), most)]
         # A lone call has all threads of a CPU; on a GPU it leaves room for another.
         expected = len(calls) if self.work.device == "cpu" else max(len(calls), _ON_GPU)

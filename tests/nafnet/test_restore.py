@@ -579,18 +579,19 @@ def on_a_device(recipe=RECIPE, memory=2**32):
     return Restorer([network_of()], recipe, device="cpu:0", memory=memory)
 
 
+@pytest.mark.parametrize("make", [on_a_device, restorer_of])
 @pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, self_ensemble=True), replace(RECIPE, precision="bf16")])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_batch_gives_what_its_images_give_one_by_one(shape, recipe):
+def test_a_batch_gives_what_its_images_give_one_by_one(shape, recipe, make):
     images = [image_of(shape, "uint16", seed) for seed in range(5)]
-    restorer, passes = on_a_device(recipe), []
+    restorer, passes = make(recipe), []
     attempt = restorer._attempt
     restorer._attempt = lambda colour, *more: (passes.append(colour.shape), attempt(colour, *more))[1]
     together = restorer.restore_batch(images)
     assert passes == [(5, 19, 26, 1 if len(shape) == 2 or shape[2] < 3 else 3)]
     tolerance = {"atol": 1, "rtol": 0} if recipe.precision == "float32" else {"atol": 2**16 * 2**-8, "rtol": 0}
     for image, made in zip(images, together, strict=True):
-        alone = on_a_device(recipe).restore(image)
+        alone = make(recipe).restore(image)
         assert (made.pixels.shape, made.pixels.dtype, made.tiles) == (image.shape, image.dtype, 1)
         np.testing.assert_allclose(made.pixels.astype(int), alone.pixels.astype(int), **tolerance)
         assert (made.tile, made.precision, made.suspect) == (alone.tile, alone.precision, alone.suspect)
@@ -602,10 +603,11 @@ def test_a_batch_is_bounded_by_memory_and_by_pixels():
     one = restorer.process_bytes(64, 64, None) - weights
     assert on_a_device(memory=weights + 3 * one).batch(64, 64) == 3
     assert on_a_device(memory=weights).batch(64, 64) == 1
-    assert restorer.batch(64, 64) == min(restore.BATCH_PIXELS // 64**2, (2**32 - weights) // one)
+    assert restorer.batch(64, 64) == min(restore.BATCH_PIXELS["gpu"] // 64**2, (2**32 - weights) // one)
     assert restorer.batch(5000, 5000) == 1
-    assert restorer_of().batch(64, 64) == 1  # a CPU gains nothing
-    assert on_a_device(replace(RECIPE, deterministic=True)).batch(64, 64) == 1  # bits must not hang on company
+    assert restorer_of().batch(64, 64) == restore.BATCH_PIXELS["cpu"] // 64**2
+    for make in (on_a_device, restorer_of):
+        assert make(replace(RECIPE, deterministic=True)).batch(64, 64) == 1  # bits must not hang on company
 
 
 def test_a_batch_that_runs_out_of_memory_is_halved():

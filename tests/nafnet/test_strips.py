@@ -60,6 +60,11 @@ def expected(network, image, train_size):
         )
 
 
+def walks_of(rows):
+    """In place of `strips._rows`: strips of so many rows, which hold no whole image."""
+    return lambda _, *, least=1: rows * least
+
+
 def in_strips(network, image, dtype=torch.float32):
     return StripNetwork(network, dtype)(image[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
 
@@ -98,7 +103,7 @@ def test_any_size_is_padded_with_zeros_and_cut_back(height, width, levels, train
     if train_size:
         localize(network, train_size)
     with torch.inference_mode():
-        with patch.object(strips, "_rows", lambda _: rows):
+        with patch.object(strips, "_rows", walks_of(rows)):
             walked = in_strips(network, image)
         for restored in (network(image), walked):
             assert restored.shape == image.shape
@@ -122,8 +127,34 @@ def test_the_height_of_a_strip_does_not_matter(height, dtype, close, monkeypatch
     network = localize(network_of(SMALL), 32)
     image = picture(90, 70)
     usual = in_strips(network, image)
-    monkeypatch.setattr(strips, "_rows", lambda _: height)
+    monkeypatch.setattr(strips, "_rows", walks_of(height))
     torch.testing.assert_close(in_strips(network, image, dtype), usual, atol=close, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("train_size", [None, 16, 256])
+@pytest.mark.parametrize("family", FAMILY)
+def test_images_together_are_what_each_is_alone(family, train_size, dtype, close, monkeypatch):
+    """Of five, a strip holds none at full resolution, one on the level below, three on the next, and all deeper."""
+    network = network_of(NetConfig(width=8, enc_blocks=(1, 1, 1), dec_blocks=(1, 1, 1), **FAMILY[family]))
+    config = network.config
+    if train_size and config.attention != "none":
+        localize(network, train_size)
+    at_once, method = set(), strips._Block._at_once
+
+    def watched(block, x):
+        at_once.add(len(x))
+        method(block, x)
+
+    monkeypatch.setattr(strips._Block, "_at_once", watched)
+    widest = 40 * 56 * config.width * config.dw_expand * dtype.itemsize
+    monkeypatch.setattr(strips, "STRIP_BYTES", widest * 3 // 4 // torch.get_num_threads())
+    in_dtype = StripNetwork(network, dtype)
+    images = torch.cat([picture(38, 52) * (i + 1) / 5 for i in range(5)]).permute(0, 2, 3, 1)
+    together = in_dtype(images)
+    assert at_once == (set() if train_size == 16 and config.attention != "none" else {1, 2, 3, 5})
+    for image, one in zip(images, together, strict=True):
+        torch.testing.assert_close(one, in_dtype(image), atol=close, rtol=0)
 
 
 @pytest.mark.parametrize("compile_after", [1e9, 0.0], ids=["eager", "compiled"])
