@@ -5,6 +5,9 @@ for it: that takes longer than the arithmetic. Here a block is two walks over th
 to its gate, a strip of rows at a time, with two rows kept for the depthwise 3x3; the second, which needs the means
 that the first made possible, goes from there to its output, in place. What is constant per channel (the norm's scale
 and shift, the residual's) is folded into the neighbouring 1x1 convolutions, and those are matrix products.
+
+Of an image that one strip holds, calling torch takes longer than what it computes. Such images go through a block at
+once, as many as a strip holds.
 """
 
 import math

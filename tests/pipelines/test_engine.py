@@ -20,6 +20,7 @@ import pytest
 import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster as RayCluster
+from ray.data._internal.cluster_autoscaler import CLUSTER_AUTOSCALER_ENV_KEY, ClusterAutoscalerVersion
 
 from nafnet.images import Picture, encode
 from nafnet.restore import Restorer
@@ -159,6 +160,15 @@ def test_a_deterministic_recipe_gives_the_same_bits_from_any_number_of_actors(
     assert workers[1] > 1
     assert len(made[0]) == 6
     assert made[0] == made[1]
+
+
+def test_a_ray_of_its_own_gives_a_job_all_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what its tasks reserve just now, and of the rest whole CPUs only: one of two would often be idle."""
+    monkeypatch.delenv(engine._AUTOSCALER, raising=False)
+    with engine.connect("local"):
+        chosen = ClusterAutoscalerVersion(os.environ[CLUSTER_AUTOSCALER_ENV_KEY])
+        assert chosen is ClusterAutoscalerVersion.V2
+    assert engine._AUTOSCALER not in os.environ  # it would hold for a cluster that is joined next
 
 
 def test_blocks_are_balanced_by_bytes_and_the_largest_image_comes_first() -> None:

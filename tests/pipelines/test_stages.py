@@ -440,16 +440,22 @@ def test_fetching_gives_tables_away_by_what_they_hold_decoded(
     ]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("threads", "batch", "calls"), [(1, 2, [2, 2]), (2, 2, [2, 2]), (1, 8, [4]), (2, 8, [2, 2])])
 def test_the_actor_restores_images_of_one_size_together_and_keeps_their_order(
-    places: Path, checkpoint_file: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int
+    places: Path,
+    checkpoint_file: Path,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    batch: int,
+    calls: list[int],
 ) -> None:
     shutil.rmtree(places / "ref")
     for i in range(3):
         (places / "in" / f"e{i}.png").write_bytes(encode(Picture(photo(rng, 40, 56), "PNG")))
     work, pairs = work_and_pairs(places, checkpoint_file)
     actor = RestoreActor(replace(work, threads=threads))
-    monkeypatch.setattr(actor.restorer, "batch", lambda *_: 2)
+    monkeypatch.setattr(actor.restorer, "batch", lambda *_: batch)
     sizes, together = list[int](), actor.restorer.restore_batch
 
     def noted(images: list[Any]) -> list[Restored]:
@@ -460,7 +466,7 @@ def test_the_actor_restores_images_of_one_size_together_and_keeps_their_order(
     [fetched] = fetch(pairs, work)
     rows = actor(fetched)
     assert rows["key"].to_pylist() == pairs["key"].to_pylist()
-    assert sorted(sizes) == [1, 1, 1, 2, 2]  # colour.png and e0 to e2 are of one size
+    assert sorted(sizes) == [1, 1, 1, *calls]  # colour.png and e0 to e2 are of one size
     restorer = Restorer.load(checkpoint_file)
     for row in rows.to_pylist():
         expected = restorer(decode((places / "in" / row["key"]).read_bytes()).pixels)
