@@ -35,8 +35,8 @@ _CROP_PX = 256
 # the strongest noise that networks are trained on (sigma 50 of 255) is 0.2.
 SUSPECT_RMS = 0.25
 _BAND_VALUES = 2**22  # converted at once between integers and floats
-# In one pass through the network. Enough to fill a GPU; on a CPU what is asked of torch for each image counts no more.
-BATCH_PIXELS = {"gpu": 2**22, "cpu": 2**16}
+BATCH_PIXELS = 2**22  # in one pass through the network on a GPU: enough to fill one
+CPU_BATCH_PIXELS = 2**16  # with more, calling torch for each image is no longer what takes the time
 _SIDES = (-3, -2)  # the axes of height and width
 
 
@@ -196,7 +196,7 @@ class Restorer:
             return 1  # bits must not hang on an image's company; tiles are large enough
         fixed = self.process_bytes(0, 0, None)
         fits = (self.memory - fixed) // max(1, self.process_bytes(height, width, None) - fixed)
-        most = BATCH_PIXELS["cpu" if self.device == "cpu" else "gpu"]
+        most = CPU_BATCH_PIXELS if self.device == "cpu" else BATCH_PIXELS
         return max(1, min(fits, most // (height * width)))
 
     def restore_batch(self, images: Sequence[Pixels]) -> list[Restored]:

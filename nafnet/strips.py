@@ -116,9 +116,9 @@ class _Block:
     def __call__(self, x: Tensor, space: Tensor) -> None:
         """`space` is memory for (H, W, inner)."""
         _, height, width, _ = x.shape
-        wide, inner = self.depthwise[0].shape[0], self.conv3.weight.shape[1]
-        together = _rows(height * width * wide * x.element_size(), least=0)
-        if together and (self.window is None or self.window >= max(height, width)):
+        inner, widest = self.conv3.weight.shape[1], max(self.depthwise[0].shape[0], self.widened)
+        together = _rows(height * width * widest * x.element_size(), least=0)
+        if together and not self._is_local(height, width):
             for images in torch.split(x, together):
                 self._at_once(images)
             return
@@ -140,7 +140,7 @@ class _Block:
         """One image (H, W, C), in strips; y is memory for (H, W, inner)."""
         height, width, inner = y.shape
         self._first_walk(x, y)
-        if self.window is not None and self.window < max(height, width):
+        if self._is_local(height, width):
             self._second_walk(x, y, self.conv3, self.window)
         elif self.attention:  # one value per channel: folded into the convolution that reads what it scales
             scale = self._scale(mean(y).to(y.dtype).view(1, 1, inner))
@@ -206,6 +206,10 @@ class _Block:
                 scale, first = scale[-1:], done - 1
             done += fresh
             yield top, bottom, scale, top - means.before - first
+
+    def _is_local(self, height: int, width: int) -> bool:
+        """Whether the attention has a window smaller than the map."""
+        return self.window is not None and self.window < max(height, width)
 
     def _scale(self, means: Tensor) -> Tensor:
         """Means (h, w, inner) to what they scale by."""

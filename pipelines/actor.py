@@ -123,7 +123,7 @@ class RestoreActor:
     def _at_once(self, height: int, width: int) -> int:
         """How many calls of the network on images of this size (px) may be under way at once.
 
-        On a CPU each image has a thread of its own where memory allows: threads that share one wait for the slowest
+        On a CPU each call has a thread of its own where memory allows: threads that share one wait for the slowest
         of them at every strip, which is the one whose core scoring and encoding use meanwhile.
         """
         if self.work.device != "cpu":

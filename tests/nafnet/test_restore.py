@@ -603,9 +603,9 @@ def test_a_batch_is_bounded_by_memory_and_by_pixels():
     one = restorer.process_bytes(64, 64, None) - weights
     assert on_a_device(memory=weights + 3 * one).batch(64, 64) == 3
     assert on_a_device(memory=weights).batch(64, 64) == 1
-    assert restorer.batch(64, 64) == min(restore.BATCH_PIXELS["gpu"] // 64**2, (2**32 - weights) // one)
+    assert restorer.batch(64, 64) == min(restore.BATCH_PIXELS // 64**2, (2**32 - weights) // one)
     assert restorer.batch(5000, 5000) == 1
-    assert restorer_of().batch(64, 64) == restore.BATCH_PIXELS["cpu"] // 64**2
+    assert restorer_of().batch(64, 64) == restore.CPU_BATCH_PIXELS // 64**2
     for make in (on_a_device, restorer_of):
         assert make(replace(RECIPE, deterministic=True)).batch(64, 64) == 1  # bits must not hang on company
 

@@ -147,7 +147,7 @@ def test_images_together_are_what_each_is_alone(family, train_size, dtype, close
         method(block, x)
 
     monkeypatch.setattr(strips._Block, "_at_once", watched)
-    widest = 40 * 56 * config.width * config.dw_expand * dtype.itemsize
+    widest = 40 * 56 * config.width * max(config.dw_expand, config.ffn_expand) * dtype.itemsize
     monkeypatch.setattr(strips, "STRIP_BYTES", widest * 3 // 4 // torch.get_num_threads())
     in_dtype = StripNetwork(network, dtype)
     images = torch.cat([picture(38, 52) * (i + 1) / 5 for i in range(5)]).permute(0, 2, 3, 1)
